@@ -180,8 +180,8 @@ def from_wire(status: int, body: Any) -> ColabGPUError:
     """
     body = body if isinstance(body, dict) else {}
     code = str(body.get("error") or f"http_{status}")
-    cls = _BY_CODE.get(code) or {401: MissingToken, 403: AccessDenied, 404: NotFound, 409: Conflict}.get(
-        status, RequestError if 400 <= status < 500 else Unavailable)
+    by_status: dict[int, type[ColabGPUError]] = {401: MissingToken, 403: AccessDenied, 404: NotFound, 409: Conflict}
+    cls = _BY_CODE.get(code) or by_status.get(status) or (RequestError if 400 <= status < 500 else Unavailable)
     message = str(body.get("message") or f"The server answered {status} ({code}).")
     retryable = body.get("retryable")
     return cls(message, code=code, field=body.get("field"), retryable=bool(retryable) if retryable is not None else None)

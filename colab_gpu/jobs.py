@@ -6,14 +6,15 @@
 from __future__ import annotations
 import hashlib, json, os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from .errors import IllegalMove, InvalidPayload, RequestError
 
 # %% auto #0
 __all__ = ['STATUSES', 'ENDED', 'MOVES', 'PRIORITIES', 'TOOLS', 'move', 'new_id', 'Job', 'lane', 'lane_parts', 'job_dict',
-           'public_artifact', 'read_number', 'read_text', 'ImagenDefaults', 'ImagenRequest', 'refuse_unknown',
-           'check_chat', 'JobSpec', 'digest', 'image_submission', 'batch_key', 'RunContext', 'Executor', 'LocalContext']
+           'public_artifact', 'job_json', 'read_number', 'read_text', 'ImagenDefaults', 'ImagenRequest',
+           'refuse_unknown', 'check_chat', 'JobSpec', 'digest', 'image_submission', 'batch_key', 'RunContext',
+           'Executor', 'LocalContext']
 
 # %% ../nbs/02_jobs.ipynb #75826349
 STATUSES = ("queued", "leased", "completed", "failed", "canceled")
@@ -138,11 +139,12 @@ _string = json.encoder.encode_basestring  # JSON string literal of one str
 
 def job_json(job: Job) -> str:
     "`job_dict` as JSON text; the plain new job, the commonest answer, is written without building the dict."
-    if job.status != "queued" or job.attempts or job.not_before_ms or job.requirements or job.retry_of or job.detail:
+    if (job.status != "queued" or job.attempts or job.cancel_requested or job.not_before_ms is not None
+            or job.requirements or job.retry_of or job.detail):
         return _dumps(job_dict(job))
     return (f'{{"id":"{job.id}","tool":{_string(job.tool)},"payload":{job.payload_json},"priority":"{job.priority}",'
             f'"status":"queued","enqueuedAt":{job.enqueued_ms},"startedAt":null,"completedAt":null,"workerId":null,'
-            f'"attempts":0,"maxAttempts":{job.max_attempts}{",\"cancelRequested\":true" if job.cancel_requested else ""}}}')
+            f'"attempts":0,"maxAttempts":{job.max_attempts}}}')
 
 # %% ../nbs/02_jobs.ipynb #4ff6f3ec
 def read_number(body: Mapping[str, Any], name: str, default: Any, *, low: float | None = None, high: float | None = None,
@@ -259,6 +261,8 @@ def check_chat(payload: Mapping[str, Any]) -> None:
 TOOLS: dict[str, Callable[[Mapping[str, Any]], Any]] = {"imagenGenerate": ImagenRequest.parse, "ollamaChat": check_chat}
 
 # %% ../nbs/02_jobs.ipynb #1a82d96f
+_COMMON = {"tool", "payload", "priority"}
+
 @dataclass(frozen=True)
 class JobSpec:
     "A checked submission: the body of `POST /gpu-jobs`. Seconds and ms since the epoch."
@@ -286,12 +290,13 @@ class JobSpec:
         check = TOOLS.get(tool)
         if check is not None: check(payload)
         try: payload_json = _dumps(payload); payload_json.encode()
-        except (ValueError, RecursionError): raise InvalidPayload("`payload` must be plain Unicode JSON, without NaN.", field="payload") from None
+        except (ValueError, RecursionError):
+            raise InvalidPayload("`payload` must be plain Unicode JSON, without NaN.", field="payload") from None
         priority = body.get("priority")
         if priority is None or priority == "": priority = "normal"
         if not isinstance(priority, str) or priority not in PRIORITIES:
             raise InvalidPayload(f"`priority` must be high, normal or low, not {_shown(priority)}.", field="priority")
-        return cls(tool, payload_json, priority, **(_extras(body) if len(body) > 2 else {}))
+        return cls(tool, payload_json, priority, **({} if body.keys() <= _COMMON else _extras(body)))
 
 # %% ../nbs/02_jobs.ipynb #d3e89f7e
 def _extras(body: Mapping[str, Any]) -> dict[str, Any]:
