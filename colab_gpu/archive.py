@@ -6,7 +6,7 @@
 from __future__ import annotations
 import base64, binascii, hashlib, os, re, shutil, tempfile
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 from .errors import InvalidPayload, NotFound, Unavailable, Unprocessable
@@ -167,7 +167,7 @@ def history_row(job: Job, picture: str | None = None) -> str:
     waited, ran = ((started or ended) - job.enqueued_ms) / 1000, (ended - started) / 1000 if started else 0
     what = job.detail if job.status != "completed" and job.detail else _about(job)
     link = f"![]({picture})" if picture else ""
-    cells = (datetime.fromtimestamp(ended / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M:%S"), job.id, job.tool, job.status, job.worker_id or "",
+    cells = (datetime.fromtimestamp(ended / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S"), job.id, job.tool, job.status, job.worker_id or "",
              f"{waited:.1f} s", f"{ran:.1f} s", str(job.attempts), what)
     return "| " + " | ".join(_cell(c) for c in cells) + f" | {link} |\n"
 
@@ -221,7 +221,7 @@ class History:
             source = self.archive.path(job.id, meta["grant"], meta["name"])
             if not source.exists(): continue
             self.archive.images.mkdir(parents=True, exist_ok=True)
-            stamp = datetime.fromtimestamp((job.ended_ms or 0) / 1000, timezone.utc).strftime("%Y%m%d-%H%M%S")
+            stamp = datetime.fromtimestamp((job.ended_ms or 0) / 1000, UTC).strftime("%Y%m%d-%H%M%S")
             tail = "" if meta["name"].startswith("image.") else "-" + Path(meta["name"]).stem
             target = self.archive.images / f"{stamp}-{job.id[-12:]}{tail}{Path(meta['name']).suffix}"
             _link_or_copy(source, target)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import asyncio, json, math, random, secrets, time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from .errors import (ERROR_KINDS, RETRYABLE_KINDS, Conflict, IdempotencyConflict, InvalidPayload, JobEnded, JobNotFound,
@@ -15,10 +15,10 @@ from .jobs import Job, JobSpec, batch_key, digest, job_dict, lane_parts, move, n
 from .store import Outcome, Reader, Store, Ticket, Tx
 
 # %% auto #0
-__all__ = ['EVENT_KINDS', 'T', 'Policy', 'At', 'submit', 'Ask', 'lease', 'extend', 'finish', 'add_artifact', 'fail', 'backoff_s',
-           'release', 'cancel', 'retry', 'reap', 'Waiters', 'Event', 'Channel', 'check_events', 'WorkerSeen', 'Roster',
-           'LoopTicket', 'Beat', 'Broker', 'lease_within', 'heartbeat', 'ended_within', 'watch', 'reap_forever',
-           'standing']
+__all__ = ['EVENT_KINDS', 'T', 'Policy', 'At', 'submit', 'Ask', 'lease', 'check_claim', 'extend', 'finish', 'add_artifact',
+           'fail', 'backoff_s', 'release', 'cancel', 'retry', 'reap', 'Waiters', 'Event', 'Channel', 'check_events',
+           'WorkerSeen', 'Roster', 'LoopTicket', 'Beat', 'Broker', 'lease_within', 'heartbeat', 'ended_within', 'watch',
+           'reap_forever', 'standing']
 
 # %% ../nbs/05_broker.ipynb #c69ce7f3
 @dataclass(frozen=True)
@@ -148,6 +148,11 @@ def _live_claim(tx: Tx, job_id: str, token: str | None) -> Job:
     if job.result_digest is not None: raise LeaseLost(f"Job {job_id} was handed back; this lease is over.")
     return job
 
+# %% ../nbs/05_broker.ipynb #3b1ba7a3
+def check_claim(tx: Tx, at: At, job_id: str, token: str | None, even_ended: bool = False) -> Job:
+    "The job, if `token` speaks for it; with `even_ended` also when it has ended under this very lease."
+    return _claim(tx, job_id, token) if even_ended else _live_claim(tx, job_id, token)
+
 # %% ../nbs/05_broker.ipynb #cf9a148c
 def extend(tx: Tx, at: At, job_id: str, token: str | None) -> Job:
     "Renew a lease. Raises `LeaseLost`, `JobEnded`, `JobNotFound`, `JobNotInProgress`."
@@ -161,7 +166,7 @@ def extend(tx: Tx, at: At, job_id: str, token: str | None) -> Job:
 
 # %% ../nbs/05_broker.ipynb #1f814be2
 def finish(tx: Tx, at: At, job_id: str, token: str | None, result: Any, names: Iterable[str] = (),
-           extra: Iterable[Mapping[str, Any]] = ()) -> Job:
+           extra: Sequence[Mapping[str, Any]] = ()) -> Job:
     """Complete a job with `result`.
 
     Parameters
@@ -170,7 +175,8 @@ def finish(tx: Tx, at: At, job_id: str, token: str | None, result: Any, names: I
 
     Raises `Unprocessable` (`artifact_missing`), `ResultConflict`, `LeaseLost`, `JobNotInProgress`, `JobNotFound`.
     """
-    job, content = _claim(tx, job_id, token), digest(["completed", result, sorted(names)])
+    job = _claim(tx, job_id, token)
+    content = digest(["completed", result, sorted(names), [meta["sha256"] for meta in extra]])
     if _said_before(job, content): return job
     job.artifacts += tuple(dict(meta) for meta in extra)
     missing = set(names) - {a["name"] for a in job.artifacts}
@@ -490,6 +496,16 @@ class Broker:
         self._enders: dict[str, list[asyncio.Future[None]]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         store.deliver = self._delivered
+
+    def close_waiting(self) -> None:
+        "The server stops: answer everybody who waits, and take no more waiters."
+        self.closing = True
+        self.waiters.wake_all()
+        for futures in self._enders.values():
+            for future in futures:
+                if not future.done(): future.set_result(None)
+        for channel in self.channels.values():
+            for watcher in channel.watchers: watcher.set()
 
     def now_ms(self) -> int: return int(self.clock() * 1000)
     def bind(self, loop: asyncio.AbstractEventLoop | None) -> None:
