@@ -265,7 +265,8 @@ class Request:
         self.method, self.target, self.head, self.headers, self.body, self.peer = method, target, head, head.headers, body, peer
         self.path, self.query_text = parse_target(target)
         self.params: dict[str, str] = {}
-        self.closing, self.state, self.received = closing, None, 0.0
+        self.closing, self.received = closing, 0.0
+        self.state: Any = None
         self._query: dict[str, str] | None = None
 
     @property
