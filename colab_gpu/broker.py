@@ -4,7 +4,7 @@
 
 # %% ../nbs/05_broker.ipynb #c850c5d8
 from __future__ import annotations
-import asyncio, json, math, random, secrets, time
+import asyncio, json, math, random, secrets, threading, time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -508,20 +508,29 @@ class Broker:
             for watcher in channel.watchers: watcher.set()
 
     def now_ms(self) -> int: return int(self.clock() * 1000)
-    def bind(self, loop: asyncio.AbstractEventLoop | None) -> None:
-        "From now on, work on this event loop (`None`: on none)."
-        self._loop = loop
+    def bind(self) -> None:
+        "From now on, work on the running event loop."
+        self._loop, self._home = asyncio.get_running_loop(), threading.get_ident()
+        self.store.attach(self._loop)
+    async def unbind(self) -> None:
+        "Finish what is under way and leave the loop."
+        await self.store.detach()
+        self._loop = None
 
     def call(self, rule: Callable[..., T], *args: Any) -> T:
         "Run a rule and wait for it; for threads."
         result: T = self.store.run(lambda tx: rule(tx, At(self.now_ms(), self.policy), *args))
         return result
 
+    def post(self, ticket: Any, rule: Callable[..., Any], *args: Any) -> None:
+        "Run a rule soon; its outcome goes to `ticket.land`, on the loop."
+        self.store.post(lambda tx: rule(tx, At(self.now_ms(), self.policy), *args), ticket)
+
     async def acall(self, rule: Callable[..., T], *args: Any, undo: Callable[[Any], None] | None = None) -> T:
         "Run a rule and await it; for the loop. `undo` gets the result if the awaiter was canceled meanwhile."
         ticket = LoopTicket(loop=self._loop)
         ticket.undo = undo
-        self.store.post(lambda tx: rule(tx, At(self.now_ms(), self.policy), *args), ticket)
+        self.post(ticket, rule, *args)
         result: T = await ticket
         return result
 
@@ -536,11 +545,8 @@ class Broker:
         return job  # type: ignore[no-any-return]
 
     def _delivered(self, outcomes: list[Outcome], changed: list[Job]) -> None:
-        loop = self._loop
-        if loop is not None:
-            try: loop.call_soon_threadsafe(self._land, outcomes, changed)
-            except RuntimeError: self._land(outcomes, changed)  # the loop has closed: let nobody wait for ever
-        else: self._land(outcomes, changed)
+        if self._loop is None or threading.get_ident() == self._home: self._land(outcomes, changed)
+        else: self._loop.call_soon_threadsafe(self._land, outcomes, changed)
 
     def _land(self, outcomes: list[Outcome], changed: list[Job]) -> None:
         for job in changed:

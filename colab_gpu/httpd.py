@@ -19,7 +19,7 @@ log = logging.getLogger("colab_gpu.httpd")
 
 # %% auto #0
 __all__ = ['log', 'Handler', 'Limits', 'HTTPError', 'Disconnected', 'Head', 'parse_fields', 'parse_target', 'decode_part', 'Body',
-           'ChunkParser', 'Request', 'is_json', 'parse_json', 'Response', 'StreamResponse', 'json_response',
+           'ChunkParser', 'Request', 'is_json', 'parse_json', 'Response', 'StreamResponse', 'Later', 'json_response',
            'error_response', 'render_head', 'file_response', 'not_modified', 'Route', 'Router', 'Connection',
            'HTTPServer', 'ServerThread', 'serve_in_thread']
 
@@ -301,11 +301,15 @@ class Request:
 
         need_type: insist on a JSON content type, as protection against forms of foreign pages (415).
         """
-        if need_type and not is_json(self.headers.get("content-type", "")):
-            raise HTTPError(415, "Send the body as JSON, with Content-Type: application/json.", "unsupported_media_type")
+        if need_type: self.check_json_type()
         data = await self.read(limit)
         # A large body would hold up everyone else for as long as it takes to parse.
         return parse_json(data) if len(data) < 1_000_000 else await asyncio.to_thread(parse_json, data)
+
+    def check_json_type(self) -> None:
+        "Raise `HTTPError` 415 unless the body says that it is JSON."
+        if not is_json(self.headers.get("content-type", "")):
+            raise HTTPError(415, "Send the body as JSON, with Content-Type: application/json.", "unsupported_media_type")
 
 def _too_large(limit: int) -> str: return f"The body may have {limit:_} bytes at most."
 def is_json(content_type: str) -> bool:
@@ -348,6 +352,23 @@ class StreamResponse(Response):
                  headers: Iterable[tuple[str, str]] = (), length: int | None = None) -> None:
         super().__init__(b"", status, content_type, headers)
         self.pieces, self.length = pieces, length
+
+class Later:
+    """An answer that a callback will give: a handler returns one, and calls `answer` when it knows.
+
+    A request that only waits for one event needs no task and no coroutine then.
+    """
+    __slots__ = ("_outcome", "_send")
+    def __init__(self) -> None:
+        self._send: Callable[[Response | Exception], None] | None = None
+        self._outcome: Response | Exception | None = None
+    def answer(self, outcome: Response | Exception) -> None:
+        "Give the answer, or the error that stands for it; on the event loop, once."
+        if self._send is None: self._outcome = outcome
+        else: self._send(outcome)
+    def attach(self, send: Callable[[Response | Exception], None]) -> None:
+        self._send = send
+        if self._outcome is not None: send(self._outcome)
 
 def json_response(value: Any, status: int = 200, headers: Iterable[tuple[str, str]] = ()) -> Response:
     "An answer with `value` as JSON."
@@ -414,7 +435,7 @@ async def _file_pieces(path: Path, start: int, stop: int, piece: int = 131_072) 
             yield data
 
 # %% ../nbs/07_httpd.ipynb #b39bef14
-Handler = Callable[[Request], "Response | Awaitable[Response]"]
+Handler = Callable[[Request], "Response | Later | Awaitable[Response | Later]"]
 
 @dataclass(frozen=True)
 class Route:
@@ -727,7 +748,8 @@ class HTTPServer:
             answer = self.before(request, route) if self.before is not None else None
             if answer is None: answer = route.handler(request)  # type: ignore[assignment]
         except Exception as e: answer = self._error(request, e)
-        if isinstance(answer, Response) and not isinstance(answer, StreamResponse): self._send(connection, request, answer)
+        if isinstance(answer, Later): self._send_later(connection, request, answer)
+        elif isinstance(answer, Response) and not isinstance(answer, StreamResponse): self._send(connection, request, answer)
         else: connection.task = self.loop.create_task(self._run(connection, request, answer))
 
     async def _run(self, connection: Connection, request: Request, answer: Any) -> None:
@@ -735,6 +757,7 @@ class HTTPServer:
             try: response = await answer if inspect.isawaitable(answer) else answer
             except Exception as e: response = self._error(request, e)
             if isinstance(response, StreamResponse): await self._send_stream(connection, request, response)
+            elif isinstance(response, Later): self._send_later(connection, request, response)
             else: self._send(connection, request, response)
         except asyncio.CancelledError:
             connection.transport.abort()
@@ -742,6 +765,11 @@ class HTTPServer:
         except Exception:
             log.exception("%s %s failed while answering", request.method, request.path)
             connection.transport.abort()
+
+    def _send_later(self, connection: Connection, request: Request, later: Later) -> None:
+        def send(outcome: Response | Exception) -> None:
+            self._send(connection, request, outcome if isinstance(outcome, Response) else self._error(request, outcome))
+        later.attach(send)
 
     def _error(self, request: Request, error: Exception) -> Response:
         "The answer that an error deserves; an unexpected one is logged here and not shown there."

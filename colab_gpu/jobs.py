@@ -4,7 +4,7 @@
 
 # %% ../nbs/02_jobs.ipynb #7638b54e
 from __future__ import annotations
-import hashlib, json, os
+import hashlib, json, math, os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -38,11 +38,12 @@ def move(status: str, verb: str) -> str:
     except KeyError: raise IllegalMove(f"A {status} job cannot {verb}.") from None
 
 # %% ../nbs/02_jobs.ipynb #9496df11
+_KEEP, _SET = (1 << 76) - 1 & ~(3 << 62), 7 << 76 | 2 << 62
+
 def new_id(now_ms: int, random: bytes | None = None) -> str:
     """A UUIDv7 (RFC 9562, section 5.7) for the time `now_ms`, ms since the epoch, from 10 `random` bytes."""
     n = int.from_bytes(os.urandom(10) if random is None else random, "big")
-    n = (now_ms << 80) | (n & ((1 << 76) - 1)) | (7 << 76)
-    h = f"{(n & ~(3 << 62)) | (2 << 62):032x}"
+    h = f"{now_ms << 80 | n & _KEEP | _SET:032x}"
     return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"
 
 # %% ../nbs/02_jobs.ipynb #71f512ab
@@ -155,23 +156,30 @@ def read_number(body: Mapping[str, Any], name: str, default: Any, *, low: float 
     """
     value = body.get(name)
     if value is None or value == "": return default
-    words = f"`{name}` must be a number" + (f" from {low:g} to {high:g}" if low is not None and high is not None else "")
-    problem = InvalidPayload(f"{words}, not {_shown(value)}.", field=name)
-    if isinstance(value, bool) or not isinstance(value, int | float | str): raise problem
-    try: number = value if isinstance(value, int) else _parse(value)
-    except (ValueError, OverflowError): raise problem from None
-    if number != number or number in (float("inf"), float("-inf")): raise problem
+    number = value if type(value) is int else _parse(value)
+    if number is None: raise InvalidPayload(_not_a_number(name, value, low, high), field=name)
     if whole: number = int(number // 1)
-    if not clamp and ((low is not None and number < low) or (high is not None and number > high)): raise problem
-    if low is not None: number = max(number, type(number)(low))
-    if high is not None: number = min(number, type(number)(high))
+    if low is not None and number < low:
+        if not clamp: raise InvalidPayload(_not_a_number(name, value, low, high), field=name)
+        number = type(number)(low)
+    elif high is not None and number > high:
+        if not clamp: raise InvalidPayload(_not_a_number(name, value, low, high), field=name)
+        number = type(number)(high)
     return number
 
-def _parse(value: float | str) -> int | float:
-    if isinstance(value, float): return value
-    text = value.strip()
-    if not text.isascii() or "_" in text: raise ValueError
-    return int(text) if text.lstrip("+-").isdigit() and len(text) < 32 else float(text)
+def _not_a_number(name: str, value: Any, low: float | None, high: float | None) -> str:
+    limits = f" from {low:g} to {high:g}" if low is not None and high is not None else ""
+    return f"`{name}` must be a number{limits}, not {_shown(value)}."
+
+def _parse(value: Any) -> int | float | None:
+    "A finite number from a float or a numeric string, else `None`."
+    if isinstance(value, str):
+        text = value.strip()
+        if not text.isascii() or "_" in text: return None
+        try: value = int(text) if text.lstrip("+-").isdigit() and len(text) < 32 else float(text)
+        except ValueError: return None
+    if isinstance(value, bool) or not isinstance(value, int | float): return None
+    return value if isinstance(value, int) or math.isfinite(value) else None
 
 def _shown(value: Any) -> str:
     "A value in an error message: short, on one line."
@@ -188,7 +196,7 @@ def read_text(body: Mapping[str, Any], name: str, *, required: bool = False, mos
         raise InvalidPayload(f"`{name}` must be {'text' if value is None or isinstance(value, str) else 'text, not ' + _shown(value)}"
                              f"{' with something in it' if required else ''}.", field=name)
     if len(value) > most: raise InvalidPayload(f"`{name}` may have {most:_} characters, and has {len(value):_}.", field=name)
-    if any("\ud800" <= c <= "\udfff" for c in value):
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
         raise InvalidPayload(f"`{name}` has half of a character (a lone surrogate); send proper Unicode.", field=name)
     return value
 
@@ -227,7 +235,7 @@ class ImagenRequest:
     @classmethod
     def parse(cls, payload: Mapping[str, Any], defaults: ImagenDefaults = ImagenDefaults()) -> ImagenRequest:
         "Check and clamp `payload`; raises `InvalidPayload` naming the field."
-        refuse_unknown(payload, cls.FIELDS)
+        if not payload.keys() <= _IMAGEN_FIELDS: refuse_unknown(payload, cls.FIELDS)
         seed = read_number(payload, "seed", None, low=-1, high=2**63 - 1, whole=True)
         return cls(
             prompt=read_text(payload, "prompt", required=True, most=20_000) or "",
@@ -237,6 +245,8 @@ class ImagenRequest:
                                             high=defaults.max_steps, whole=True, clamp=True),
             width=_pixels(payload, "width", defaults.width), height=_pixels(payload, "height", defaults.height),
             seed=None if seed == -1 else seed, model=read_text(payload, "model", most=500) or None)
+
+_IMAGEN_FIELDS = frozenset(ImagenRequest.FIELDS)
 
 def _pixels(payload: Mapping[str, Any], name: str, default: int) -> int:
     return int(read_number(payload, name, default, low=256, high=1024, whole=True, clamp=True)) // 8 * 8
@@ -289,7 +299,9 @@ class JobSpec:
         if not isinstance(payload, dict): raise InvalidPayload(f"`payload` must be an object, not {_shown(payload)}.", field="payload")
         check = TOOLS.get(tool)
         if check is not None: check(payload)
-        try: payload_json = _dumps(payload); payload_json.encode()
+        try:
+            payload_json = _dumps(payload)
+            payload_json.encode()
         except (ValueError, RecursionError):
             raise InvalidPayload("`payload` must be plain Unicode JSON, without NaN.", field="payload") from None
         priority = body.get("priority")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import asyncio, hashlib, hmac, ipaddress, json, logging, signal, sys, threading, time
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from . import __version__
@@ -15,8 +16,8 @@ from .broker import Ask, Broker, Policy, ended_within, heartbeat, lease_within, 
 from .config import SETTINGS, Settings
 from .errors import (AccessDenied, ColabGPUError, InvalidPayload, InvalidSetting, MissingToken, NotFound, PayloadTooLarge,
                               RequestError, Unavailable)
-from .httpd import (HTTPServer, Limits, Request, Response, Route, Router, ServerThread, StreamResponse, file_response,
-                             json_response, not_modified)
+from .httpd import (HTTPServer, Later, Limits, Request, Response, Route, Router, ServerThread, StreamResponse, file_response,
+                             json_response, not_modified, parse_json)
 from .jobs import (STATUSES, Job, JobSpec, digest, image_submission, job_dict, job_json, public_artifact, read_number,
                             read_text)
 from .store import SQLiteStore, Store
@@ -25,14 +26,15 @@ log = logging.getLogger("colab_gpu.server")
 
 # %% auto #0
 __all__ = ['log', 'is_loopback', 'host_of', 'Doors', 'bearer', 'same', 'from_browser', 'query_number', 'query_words', 'label',
-           'read_ask', 'App', 'policy_of', 'add_caller_routes', 'submit_image', 'image_lines', 'last_line', 'line',
-           'result_with_picture', 'listed', 'sse', 'add_worker_routes', 'lease_dict', 'worker_body', 'token_of',
+           'read_ask', 'App', 'policy_of', 'Submitted', 'add_caller_routes', 'submit_image', 'image_lines', 'last_line',
+           'line', 'result_with_picture', 'listed', 'sse', 'add_worker_routes', 'lease_dict', 'worker_body', 'token_of',
            'receive', 'finish', 'detail_of', 'flag_of', 'add_operator_routes', 'prometheus', 'describe',
            'archive_forever', 'archive_some', 'run_app', 'QueueServer', 'serve']
 
 # %% ../nbs/08_server.ipynb #6cf60b69
 _PROXY_MARKS = ("x-forwarded-for", "forwarded", "cf-connecting-ip", "x-forwarded-host", "x-real-ip", "via", "ngrok-trace-id")
 
+@lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
     "Whether `host` is `localhost` or a loopback address."
     if host.rstrip(".").lower() == "localhost": return True
@@ -41,6 +43,7 @@ def is_loopback(host: str) -> bool:
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_loopback
 
+@lru_cache(maxsize=1024)
 def host_of(authority: str) -> str:
     "The host in a `Host` header: without port and brackets, in lower case."
     if authority.startswith("["): return authority[1:].partition("]")[0].lower()
@@ -205,6 +208,13 @@ def policy_of(settings: Mapping[str, Any]) -> Policy:
                   settings["GPU_MAX_ATTEMPTS"], settings["GPU_RETRY_SECONDS"], settings["GPU_RETRY_MAX_SECONDS"])
 
 # %% ../nbs/08_server.ipynb #88351d3d
+class Submitted(Later):
+    "The ticket of a submit, and its answer."
+    __slots__ = ()
+    def land(self, job: Any, error: BaseException | None) -> None:
+        self.answer(Response(f'{{"job":{job_json(job)}}}') if error is None else error)  # type: ignore[arg-type]
+
+# %% ../nbs/08_server.ipynb #835c5fda
 def add_caller_routes(app: App) -> None:
     "Submit, look up, list, cancel, retry, follow, and fetch."
     _submitting(app)
@@ -217,12 +227,21 @@ def _submitting(app: App) -> None:
 
     @app.route("POST", "/gpu-jobs", "caller", "Submit a job",
                body={"tool": "name of a tool", "payload": "its input", "priority": "high, normal or low"})
-    async def post_job(request: Request) -> Response:
-        body = await request.json(app.body_bytes, need_type=from_browser(request))
+    def post_job(request: Request) -> Any:
+        data = request.body.at_once() if request.head.length < 65_536 else None
+        if data is None: return post_large(request)
+        if from_browser(request): request.check_json_type()
+        return submitted(request, parse_json(data))
+
+    async def post_large(request: Request) -> Any:
+        return submitted(request, await request.json(app.body_bytes, need_type=from_browser(request)))
+
+    def submitted(request: Request, body: Any) -> Submitted:
         spec, key = JobSpec.parse(body), label(request.headers.get("idempotency-key"), "Idempotency-Key", None)
-        job = await broker.acall(rules.submit, spec, key, digest(body) if key else None)
+        ticket = Submitted()
+        broker.post(ticket, rules.submit, spec, key, digest(body) if key else None)
         broker.stats["submitted"] += 1
-        return Response(f'{{"job":{job_json(job)}}}')
+        return ticket
 
     @app.route("POST", "/generate-image-queued", "caller", "Submit an image job, fields at the top level",
                body={"prompt": "what to draw", "width": "pixels", "height": "pixels"})
@@ -575,7 +594,7 @@ async def run_app(app: App, ready: Callable[[HTTPServer], None], stop: asyncio.E
     limits = Limits(body_bytes=app.body_bytes, grace_s=settings["GPU_SHUTDOWN_SECONDS"])
     server = HTTPServer(app.router, settings["COLAB_GPU_HOST"] if host is None else host,
                         settings["COLAB_GPU_PORT"] if port is None else port, limits, app.before, app.after)
-    broker.bind(asyncio.get_running_loop())
+    broker.bind()
     try:
         try: await server.start()
         except OSError as e:
@@ -589,7 +608,7 @@ async def run_app(app: App, ready: Callable[[HTTPServer], None], stop: asyncio.E
         for task in tasks: task.cancel()
         while await archive_some(app): pass
     finally:
-        broker.bind(None)
+        await broker.unbind()
         await asyncio.to_thread(broker.store.close)
 
 # %% ../nbs/08_server.ipynb #dfc40edb
@@ -634,6 +653,4 @@ def serve(settings: Mapping[str, Any], host: str | None = None, port: int | None
                 try: loop.add_signal_handler(getattr(signal, name), halt)
                 except NotImplementedError: signal.signal(getattr(signal, name), lambda *_: loop.call_soon_threadsafe(halt))
         await run_app(App(settings), on_ready or (lambda server: None), stop, host, port)
-    # Two threads share the interpreter here, the loop and the store's writer, and each has little to do at a time.
-    sys.setswitchinterval(0.0005)
     asyncio.run(main())

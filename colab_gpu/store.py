@@ -4,17 +4,18 @@
 
 # %% ../nbs/03_store.ipynb #941b9707
 from __future__ import annotations
-import copy, json, os, sqlite3, sys, threading
+import asyncio, copy, json, os, sqlite3, sys, threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 from .errors import ColabGPUError, InvalidSetting, Unavailable
-from .jobs import ENDED, PRIORITIES, Job
+from .jobs import ENDED, PRIORITIES, STATUSES, Job
 
 # %% auto #0
-__all__ = ['SCHEMA', 'SCHEMA_VERSION', 'Op', 'Outcome', 'MAX_BATCH', 'Reader', 'Tx', 'Ticket', 'Store', 'land_all', 'MemoryStore',
-           'SQLiteTx', 'FolderLock', 'SQLiteStore']
+__all__ = ['SCHEMA', 'SCHEMA_VERSION', 'Op', 'Outcome', 'Deliver', 'Batch', 'MAX_BATCH', 'Reader', 'Tx', 'Ticket', 'Store',
+           'land_all', 'MemoryStore', 'SQLiteTx', 'FolderLock', 'SQLiteStore']
 
 # %% ../nbs/03_store.ipynb #853ae5b6
 class Reader(Protocol):
@@ -22,7 +23,7 @@ class Reader(Protocol):
     def get(self, job_id: str) -> Job | None: "The job, or `None`."
     def lanes(self) -> Mapping[str, int]: "Ready jobs by lane."
     def pending(self) -> int: "Jobs that are queued, ready or not."
-    def counts(self) -> dict[str, int]: "Jobs by status."
+    def counts(self) -> dict[str, int]: "Jobs by status; reads them all."
     def listing(self, status: str | None, tool: str | None, limit: int, before: str | None) -> list[Job]: "Newest first, older than the job `before`."
     def ahead_of(self, job: Job, most: int = 10_000) -> int: "Ready jobs that go before `job`, counted up to `most`."
     def next_due_ms(self) -> int | None: "When the next lease ends, held job is due or queue time-out strikes."
@@ -64,6 +65,8 @@ class Store(Protocol):
     def post(self, op: Callable[[Tx], Any], ticket: Any) -> None: "Run `op` soon; its outcome goes to `ticket.land`."
     def run(self, op: Callable[[Tx], Any]) -> Any: "Run `op` now and return its result once it is durable."
     def read(self, fn: Callable[[Reader], Any]) -> Any: "Call `fn` on the committed state."
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None: "From now on, `deliver` on `loop`; call it there."
+    async def detach(self) -> None: "Finish what was posted, and be a store for threads again."
     def close(self) -> None: "Finish what was posted, then let go of the files."
 
 # %% ../nbs/03_store.ipynb #5114640c
@@ -94,6 +97,8 @@ class MemoryStore:
 
     def read(self, fn: Callable[[Reader], Any]) -> Any:
         with self._lock: return fn(_MemoryTx(self._jobs, self._archived, self._seq))
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None: pass
+    async def detach(self) -> None: pass
     def close(self) -> None: pass
 
 # %% ../nbs/03_store.ipynb #c8d8bdd6
@@ -164,10 +169,10 @@ CREATE TABLE jobs (
     result_digest TEXT, retry_of TEXT, idempotency_key TEXT, body_digest TEXT, archived INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE bodies (seq INTEGER PRIMARY KEY, payload TEXT NOT NULL, result TEXT);
 CREATE UNIQUE INDEX jobs_id ON jobs (id);
-CREATE INDEX jobs_status ON jobs (status, seq);
 CREATE INDEX jobs_tool ON jobs (tool, seq);
+CREATE INDEX jobs_failed ON jobs (seq) WHERE status = 'failed';
+CREATE INDEX jobs_canceled ON jobs (seq) WHERE status = 'canceled';
 CREATE INDEX jobs_ready ON jobs (lane, rank, seq) WHERE ready = 1;
-CREATE INDEX jobs_order ON jobs (rank, seq) WHERE ready = 1;
 CREATE INDEX jobs_held ON jobs (not_before_ms) WHERE ready = 0 AND status = 'queued';
 CREATE INDEX jobs_overdue ON jobs (queue_deadline_ms) WHERE queue_deadline_ms IS NOT NULL AND status = 'queued';
 CREATE INDEX jobs_leases ON jobs (lease_until_ms) WHERE status = 'leased';
@@ -222,25 +227,33 @@ class _SQLiteReader:
     def lanes(self) -> Mapping[str, int]:
         return dict(self.db.execute("SELECT lane, count(*) FROM jobs WHERE ready = 1 GROUP BY lane"))
     def pending(self) -> int:
-        return int(self.db.execute("SELECT count(*) FROM jobs WHERE status = 'queued'").fetchone()[0])
+        return int(self.db.execute("SELECT (SELECT count(*) FROM jobs WHERE ready = 1) + "
+                                   "(SELECT count(*) FROM jobs INDEXED BY jobs_held WHERE ready = 0 AND status = 'queued')").fetchone()[0])
     def counts(self) -> dict[str, int]: return dict(self.db.execute("SELECT status, count(*) FROM jobs GROUP BY status"))
 
     def listing(self, status: str | None, tool: str | None, limit: int, before: str | None) -> list[Job]:
         tests, args = ["1"], []
         if before: tests.append("j.seq < (SELECT seq FROM jobs WHERE id = ?)"); args.append(before)
-        if status: tests.append("j.status = ?"); args.append(status)
+        if status: tests.append(_BY_STATUS[status])
         if tool: tests.append("j.tool = ?"); args.append(tool)
         return self._jobs(f"WHERE {' AND '.join(tests)} ORDER BY j.seq DESC LIMIT ?", *args, limit)
 
     def ahead_of(self, job: Job, most: int = 10_000) -> int:
-        sql = "SELECT count(*) FROM (SELECT 1 FROM jobs WHERE ready = 1 AND (rank, seq) < (?, ?) LIMIT ?)"
-        return int(self.db.execute(sql, (job.rank, job.seq, most)).fetchone()[0])
+        sql = "SELECT count(*) FROM (SELECT 1 FROM jobs WHERE ready = 1 AND lane = ? AND (rank, seq) < (?, ?) LIMIT ?)"
+        counted = (self.db.execute(sql, (lane, job.rank, job.seq, most)).fetchone()[0] for lane in self.lanes())
+        return int(min(most, sum(counted)))
 
     def next_due_ms(self) -> int | None:
-        sql = """SELECT (SELECT min(lease_until_ms) FROM jobs WHERE status = 'leased'),
-                        (SELECT min(not_before_ms) FROM jobs WHERE ready = 0 AND status = 'queued'),
-                        (SELECT min(queue_deadline_ms) FROM jobs WHERE queue_deadline_ms IS NOT NULL AND status = 'queued')"""
-        return min((t for t in self.db.execute(sql).fetchone() if t is not None), default=None)
+        return min((t for t in self.db.execute(_NEXT_DUE).fetchone() if t is not None), default=None)
+
+# Spelt out, because a partial index is found only by its very words.
+_BY_STATUS = {status: f"j.status = '{status}'" for status in STATUSES} | {"queued": "(j.ready = 1 OR (j.ready = 0 AND j.status = 'queued'))"}
+
+# Without INDEXED BY the planner prefers the index on status, and reads every queued job.
+_NEXT_DUE = """SELECT
+    (SELECT min(lease_until_ms) FROM jobs INDEXED BY jobs_leases WHERE status = 'leased'),
+    (SELECT min(not_before_ms) FROM jobs INDEXED BY jobs_held WHERE ready = 0 AND status = 'queued'),
+    (SELECT min(queue_deadline_ms) FROM jobs INDEXED BY jobs_overdue WHERE queue_deadline_ms IS NOT NULL AND status = 'queued')"""
 
 # %% ../nbs/03_store.ipynb #a0f3081b
 class _Counts:
@@ -341,7 +354,7 @@ class SQLiteTx(_Updates):
     def unarchived(self, limit: int) -> list[Job]:
         return self._jobs("WHERE j.archived = 0 AND j.ended_ms IS NOT NULL ORDER BY j.seq LIMIT ?", limit)
     def mark_archived(self, jobs: Iterable[Job]) -> None:
-        self.db.executemany("UPDATE jobs SET archived = 1 WHERE seq = ?", [(job.seq,) for job in jobs])
+        self.db.execute("UPDATE jobs SET archived = 1 WHERE seq IN (SELECT value FROM json_each(?))", (json.dumps([job.seq for job in jobs]),))
         self.writes += 1
 
 # %% ../nbs/03_store.ipynb #a3996cca
@@ -385,6 +398,8 @@ def _open_database(path: Path) -> sqlite3.Connection:
 # %% ../nbs/03_store.ipynb #2f02c387
 Op = Callable[[Tx], Any]
 Outcome = tuple[Any, Any, "BaseException | None"]
+Deliver = Callable[[list[Outcome], list[Job]], None]
+Batch = list[tuple[Op, Any]]
 MAX_BATCH = 256
 
 class _Committer:
@@ -397,12 +412,12 @@ class _Committer:
         self.counts = _Counts(_SQLiteReader(self.db))
         self.next_seq = self.db.execute("SELECT coalesce(max(seq), 0) + 1 FROM jobs").fetchone()[0]
 
-    def together(self, batch: list[tuple[Op, Any]]) -> tuple[list[Outcome], list[Job]]:
-        "Run `batch` in one transaction. Raises when that has to be undone; nothing has happened then."
+    def begin(self, batch: Batch) -> tuple[list[Outcome], list[Job], bool]:
+        "Run `batch` in one transaction and leave it open; the outcomes, the changes, and whether anything was written. Raises after undoing all."
         outcomes: list[Outcome] = []
         tx = SQLiteTx(self.db, self.next_seq, self.counts)
-        self.db.execute("BEGIN IMMEDIATE")
         try:
+            self.db.execute("BEGIN IMMEDIATE")
             for op, ticket in batch:
                 writes = tx.writes
                 try: outcomes.append((ticket, op(tx), None))
@@ -410,18 +425,27 @@ class _Committer:
                     if tx.writes != writes: raise
                     outcomes.append((ticket, None, e))
             tx.flush()
-            self.db.execute("COMMIT")
         except BaseException:
-            if self.db.in_transaction: self.db.execute("ROLLBACK")
-            self._recount()
+            self.rollback()
             raise
         self.next_seq = tx.seq
-        return outcomes, tx.changed
+        return outcomes, tx.changed, tx.writes > 0
 
-    def apart(self, op: Op, ticket: Any) -> tuple[list[Outcome], list[Job]]:
-        "Run one op; what it raises is its outcome."
-        try: return self.together([(op, ticket)])
-        except Exception as e: return [(ticket, None, _translated(e))], []
+    def commit(self) -> None: self.db.execute("COMMIT")
+    def rollback(self) -> None:
+        if self.db.in_transaction: self.db.execute("ROLLBACK")
+        self._recount()
+
+    def apart(self, batch: Batch, deliver: Deliver) -> None:
+        "Run each op of a batch in a transaction of its own; what it raises is its outcome."
+        for op, ticket in batch:
+            try:
+                outcomes, changed, _ = self.begin([(op, ticket)])
+                self.commit()
+            except Exception as e:
+                self.rollback()
+                outcomes, changed = [(ticket, None, _translated(e))], []
+            deliver(outcomes, changed)
 
 def _translated(e: BaseException) -> BaseException:
     if not isinstance(e, sqlite3.Error): return e
@@ -429,6 +453,95 @@ def _translated(e: BaseException) -> BaseException:
     return Unavailable(f"The job store cannot write: {e}." + (" Free some disk space, then try again." if full else ""), code="storage_unavailable")
 
 # %% ../nbs/03_store.ipynb #5045e860
+class _ThreadDriver:
+    "A writer thread that runs posted ops and commits them."
+    def __init__(self, committer: _Committer, deliver: Deliver) -> None:
+        self._committer, self._deliver = committer, deliver
+        self._queue: SimpleQueue[tuple[Op, Any] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="store-writer", daemon=True)
+        self._thread.start()
+
+    def post(self, op: Op, ticket: Any) -> None: self._queue.put((op, ticket))
+
+    def close(self) -> None:
+        "Finish what was posted."
+        self._queue.put(None)
+        self._thread.join()
+
+    def _write(self) -> None:
+        while batch := self._next_batch():
+            try:
+                outcomes, changed, _ = self._committer.begin(batch)
+                self._committer.commit()
+            except Exception:
+                self._committer.rollback()
+                self._committer.apart(batch, self._deliver)
+            else: self._deliver(outcomes, changed)
+
+    def _next_batch(self) -> Batch:
+        "Wait for one op, take what else is there. Empty at the end."
+        first = self._queue.get()
+        batch = [] if first is None else [first]
+        while batch and len(batch) < MAX_BATCH:
+            try: item = self._queue.get_nowait()
+            except Empty: break
+            if item is None:
+                self._queue.put(None)  # finish these first
+                break
+            batch.append(item)
+        return batch
+
+# %% ../nbs/03_store.ipynb #69d4d07b
+class _LoopDriver:
+    "Runs posted ops on an event loop, and their commits in a thread."
+    def __init__(self, committer: _Committer, deliver: Deliver, loop: asyncio.AbstractEventLoop) -> None:
+        self._committer, self._deliver, self._loop, self._home = committer, deliver, loop, threading.get_ident()
+        self._waiting: deque[tuple[Op, Any]] = deque()
+        self.busy = False
+        self._commits: SimpleQueue[tuple[Batch, list[Outcome], list[Job]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._commit, name="store-commit", daemon=True)
+        self._thread.start()
+
+    def post(self, op: Op, ticket: Any) -> None:
+        if threading.get_ident() != self._home:
+            self._loop.call_soon_threadsafe(self.post, op, ticket)
+            return
+        self._waiting.append((op, ticket))
+        if not self.busy:
+            self.busy = True
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        "Run what is waiting, and send it off to be committed."
+        batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
+        try: outcomes, changed, wrote = self._committer.begin(batch)
+        except Exception: return self._landed(batch, [], [], True)
+        if wrote: self._commits.put((batch, outcomes, changed))
+        else:
+            self._committer.commit()
+            self._landed(batch, outcomes, changed, False)
+
+    def _commit(self) -> None:
+        while (item := self._commits.get()) is not None:
+            failed = False
+            try: self._committer.commit()
+            except sqlite3.Error: failed = True
+            self._loop.call_soon_threadsafe(self._landed, *item, failed)
+
+    def _landed(self, batch: Batch, outcomes: list[Outcome], changed: list[Job], failed: bool) -> None:
+        if failed:
+            self._committer.rollback()
+            self._committer.apart(batch, self._deliver)
+        else: self._deliver(outcomes, changed)
+        self.busy = bool(self._waiting)
+        if self.busy: self._loop.call_soon(self._turn)
+
+    def close(self) -> None:
+        "End the thread; nothing may be under way."
+        self._commits.put(None)
+        self._thread.join()
+
+# %% ../nbs/03_store.ipynb #bc4b133a
 class SQLiteStore:
     """A `Store` in one SQLite file, with group commit: every acknowledged change has been synced to disk.
 
@@ -450,14 +563,25 @@ class SQLiteStore:
             raise
         self._reader, self._read_lock = _SQLiteReader(self._read_db), threading.Lock()
         self._closed = False
-        self.deliver: Callable[[list[Outcome], list[Job]], None] = land_all
-        self._queue: SimpleQueue[tuple[Op, Any] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._write, name="store-writer", daemon=True)
-        self._thread.start()
+        self.deliver: Deliver = land_all
+        self._driver: _ThreadDriver | _LoopDriver = _ThreadDriver(self._committer, self._hand_over)
+
+    def _hand_over(self, outcomes: list[Outcome], changed: list[Job]) -> None: self.deliver(outcomes, changed)
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        "From now on, work on `loop`; call it there."
+        self._driver.close()
+        self._driver = _LoopDriver(self._committer, self._hand_over, loop)
+
+    async def detach(self) -> None:
+        "Finish what was posted on the loop, and work in a thread again."
+        while isinstance(self._driver, _LoopDriver) and self._driver.busy: await asyncio.sleep(0.001)
+        self._driver.close()
+        self._driver = _ThreadDriver(self._committer, self._hand_over)
 
     def post(self, op: Op, ticket: Any) -> None:
         if self._closed: raise Unavailable("The job store is closed.")
-        self._queue.put((op, ticket))
+        self._driver.post(op, ticket)
 
     def run(self, op: Op) -> Any:
         ticket = Ticket()
@@ -472,29 +596,7 @@ class SQLiteStore:
     def close(self) -> None:
         if self._closed: return
         self._closed = True
-        self._queue.put(None)
-        self._thread.join()
+        self._driver.close()
         self._read_db.close()
         self._committer.db.close()
         self._lock.close()
-
-    def _write(self) -> None:
-        "The writer thread: until the closing `None`."
-        while batch := self._next_batch():
-            try: outcomes, changed = self._committer.together(batch)
-            except Exception:
-                for op, ticket in batch: self.deliver(*self._committer.apart(op, ticket))
-            else: self.deliver(outcomes, changed)
-
-    def _next_batch(self) -> list[tuple[Op, Any]]:
-        "Wait for one op, take what else is there. Empty at the end."
-        first = self._queue.get()
-        batch = [] if first is None else [first]
-        while batch and len(batch) < MAX_BATCH:
-            try: item = self._queue.get_nowait()
-            except Empty: break
-            if item is None:
-                self._queue.put(None)  # finish these first
-                break
-            batch.append(item)
-        return batch
