@@ -4,16 +4,16 @@
 
 # %% ../nbs/16_worker.ipynb #763dd1e4
 from __future__ import annotations
-import base64, hashlib, json, os, random, sys, threading, time, traceback, uuid
+import base64, hashlib, json, random, sys, threading, time, traceback, uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 from .client import Transport
 from .config import SETTINGS, Settings
 from .errors import (AccessDenied, ColabGPUError, ConnectionFailed, ExecutionError, Interrupted, InvalidInput, InvalidPayload, JobEnded,
-                              LeaseLost, MissingToken, NotFound, OutOfMemory, RequestError, ResultConflict, Unavailable)
+                              LeaseLost, MissingToken, NotFound, OutOfMemory, RequestError, ResultConflict)
 from .jobs import Executor
 
 # %% auto #0
@@ -44,7 +44,8 @@ class Grant:
 class Run:
     "A running job, as its executor sees it (a `RunContext`)."
     def __init__(self, grant: Grant, upload: Callable[[Grant, str, bytes, str], None] | None = None) -> None:
-        self.grant, self.watched, self.reason, self._upload = grant, False, None, upload  # type: ignore[var-annotated]
+        self.grant, self.watched, self._upload = grant, False, upload
+        self.reason: str | None = None
         self.step, self.total, self.phase, self.preview = 0, 0, "running", b""
         self.files: dict[str, tuple[bytes, str]] = {}
         self.changed, self._lock, self._seq = threading.Event(), threading.Lock(), 0
@@ -193,13 +194,15 @@ class Worker:
         self.executors = {e.tool: e for e in executors}
         allowed = settings["WORKER_TOOLS"] or tuple(self.executors)
         self.tools = [tool for tool in self.executors if tool in allowed]
-        self.id, self.instance, self.wait_s, self.poll_s = settings["WORKER_ID"], str(uuid.uuid4()), settings["WORKER_WAIT_SECONDS"], settings["POLL_INTERVAL"]
+        self.id, self.instance = settings["WORKER_ID"], str(uuid.uuid4())
+        self.wait_s, self.poll_s = settings["WORKER_WAIT_SECONDS"], settings["POLL_INTERVAL"]
         base, token = settings["STACK_API_BASE"], settings["STACK_WORKER_TOKEN"]
         # A session belongs to one thread: asking and reporting use the first, heartbeats the second.
         self._link, self._beat_link = Transport(base, token), Transport(base, token, read_s=20)
         self._secrets = [settings[name] for name, row in SETTINGS.items() if row.secret and settings[name]]
         self._log, self._chance, self.lines = log, chance, deque(maxlen=200)  # type: ignore[var-annotated]
-        self.counts, self.run, self.last_error = Counts(), None, ""  # type: ignore[var-annotated]
+        self.run: Run | None = None
+        self.counts, self.last_error = Counts(), ""
         self.draining, self.failures, self._request = threading.Event(), 0, str(uuid.uuid4())
         self._stopping = threading.Event()
 
