@@ -4,7 +4,7 @@
 
 # %% ../nbs/20_cli.ipynb #d204875e
 from __future__ import annotations
-import argparse, json, os, signal, sys, tempfile, threading, time
+import argparse, json, os, signal, sys, tempfile, time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,7 +92,8 @@ def read_payload(text: str | None, path: str | None, pairs: Sequence[str]) -> di
     payload: Any = {}
     if text is not None: payload = _parse_json(text, "--payload")
     if path is not None: payload = read_json_file(path, "--payload-file")
-    if not isinstance(payload, dict): raise InvalidSetting("The payload must be a JSON object, such as {\"prompt\": \"a lighthouse\"}.", field="--payload")
+    if not isinstance(payload, dict):
+        raise InvalidSetting("The payload must be a JSON object, such as {\"prompt\": \"a lighthouse\"}.", field="--payload")
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name: raise InvalidSetting(f"{pair!r} must be name=value, such as seed=7.", field="payload")
@@ -120,7 +121,8 @@ def _settings(args: argparse.Namespace, **more: Any) -> Settings:
 def cmd_serve(args: argparse.Namespace) -> int:
     from colab_gpu.server import serve
     settings = _settings(args, COLAB_GPU_HOST=args.host, COLAB_GPU_PORT=args.port, COLAB_GPU_DATA=args.data, COLAB_GPU_DATABASE=args.database)
-    if not settings["GPU_WORKER_TOKEN"]: say("No worker will be served: set GPU_WORKER_TOKEN first, here and (as STACK_WORKER_TOKEN) at the worker.")
+    for name in SETTINGS: settings[name]  # what is wrong is said before anything is opened
+    if not settings["GPU_WORKER_TOKEN"]: say("No worker will be served: set GPU_WORKER_TOKEN, here and (as STACK_WORKER_TOKEN) at the worker.")
     serve(settings, on_ready=lambda server: print(f"colab-gpu serves at {server.url}", flush=True))
     return 0
 
@@ -181,7 +183,8 @@ def cmd_imagine(args: argparse.Namespace) -> int:
 def _target(path: str) -> Path:
     "A file that can be written; said before the GPU works, not after."
     target = Path(path)
-    if target.is_dir() or not target.parent.is_dir(): raise InvalidSetting(f"--output: {path} cannot be written: its folder is missing, or it is one.", field="--output")
+    if target.is_dir() or not target.parent.is_dir():
+        raise InvalidSetting(f"--output: {path} cannot be written: its folder is missing, or it is one.", field="--output")
     return target
 
 # %% ../nbs/20_cli.ipynb #98f6b0cc
@@ -270,7 +273,8 @@ def checks(settings: Settings) -> list[tuple[str, str, str]]:
     rows = [("Python", "ok", sys.version.split()[0])]
     rows.append(_check_images())
     for name, whose in (("GPU_WORKER_TOKEN", "the server"), ("STACK_WORKER_TOKEN", "the worker")):
-        rows.append((name, "ok", "set") if settings[name] else (name, "note", f"not set: {whose} needs it; choose a long random text, the same for both"))
+        rows.append((name, "ok", "set") if settings[name] else
+                    (name, "note", f"not set: {whose} needs it; choose a long random text, the same for both"))
     rows.append(_check_data(Path(settings["COLAB_GPU_DATA"])))
     rows.append(_check_server(settings))
     return rows
@@ -281,7 +285,8 @@ def _check_images() -> tuple[str, str, str]:
     try:
         import diffusers, torch
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU (slow: a GPU draws a hundred times faster)"
-    except Exception as e: return "images", "missing", f"torch or diffusers cannot be imported ({type(e).__name__}): pip install -U \"colab-gpu[images]\""
+    except Exception as e:
+        return "images", "missing", f"torch or diffusers cannot be imported ({type(e).__name__}): pip install -U \"colab-gpu[images]\""
     return "images", "ok", f"torch {torch.__version__}, diffusers {diffusers.__version__}, on {device}"
 
 def _check_data(folder: Path) -> tuple[str, str, str]:
@@ -345,8 +350,8 @@ def _add_jobs(add: Callable[..., argparse.ArgumentParser]) -> None:
     submit.add_argument("--require", action="append", metavar="TAG", help="a tag the worker must have; may be repeated")
     submit.add_argument("--wait", action="store_true", help="wait for the end and print the result")
     submit.add_argument("--timeout", type=_seconds, metavar="S", help="seconds to wait")
-    for name, run, text in (("status", cmd_status, "Look a job up"), ("wait", cmd_wait, "Wait for a job to end"), ("cancel", cmd_cancel, "Cancel a job"),
-                            ("retry", cmd_retry, "Submit a failed or canceled job again"), ("events", cmd_events, "Follow a job's events")):
+    for name, run, text in (("status", cmd_status, "Look a job up"), ("wait", cmd_wait, "Wait for a job to end"),
+                            ("cancel", cmd_cancel, "Cancel a job"), ("retry", cmd_retry, "Submit a failed or canceled job again"), ("events", cmd_events, "Follow a job's events")):
         command = add(name, run, text)
         command.add_argument("id", help="the job's id")
         if name == "wait": command.add_argument("--timeout", type=_seconds, metavar="S", help="seconds to wait")
