@@ -351,7 +351,9 @@ def _add_jobs(add: Callable[..., argparse.ArgumentParser]) -> None:
     submit.add_argument("--wait", action="store_true", help="wait for the end and print the result")
     submit.add_argument("--timeout", type=_seconds, metavar="S", help="seconds to wait")
     for name, run, text in (("status", cmd_status, "Look a job up"), ("wait", cmd_wait, "Wait for a job to end"),
-                            ("cancel", cmd_cancel, "Cancel a job"), ("retry", cmd_retry, "Submit a failed or canceled job again"), ("events", cmd_events, "Follow a job's events")):
+                            ("cancel", cmd_cancel, "Cancel a job"),
+                            ("retry", cmd_retry, "Submit a failed or canceled job again"),
+                            ("events", cmd_events, "Follow a job's events")):
         command = add(name, run, text)
         command.add_argument("id", help="the job's id")
         if name == "wait": command.add_argument("--timeout", type=_seconds, metavar="S", help="seconds to wait")
