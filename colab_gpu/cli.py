@@ -131,12 +131,14 @@ def cmd_submit(args: argparse.Namespace) -> int:
     job = client.submit(args.tool, read_payload(args.payload, args.payload_file, args.pairs), key=args.key, priority=args.priority,
                         maxAttempts=args.max_attempts, requirements=args.require or None)
     if not args.wait: return show_job(job, args.json)
-    say(f"submitted {job.id}")
     return show_job(_or_cancel(client, job, args.timeout), args.json)
 
 def _or_cancel(client: Client, job: RemoteJob, timeout_s: float | None = None) -> RemoteJob:
     "Follow a job; when the person interrupts, cancel it."
-    try: return follow(client, job, timeout_s)
+    try:
+        waiting = job.data.get("waitingFor") or client.job(job.id, inline=False).data.get("waitingFor")
+        say(f"submitted {job.id}" + (f": {waiting}" if waiting else ""))
+        return follow(client, job, timeout_s)
     except KeyboardInterrupt:
         try: client.cancel(job.id)
         except ColabGPUError as e: say(f"The job goes on: {e.message}")
@@ -170,8 +172,6 @@ def image_payload(args: argparse.Namespace) -> dict[str, Any]:
 def cmd_imagine(args: argparse.Namespace) -> int:
     client, target = _client(args), _target(args.output)
     job = client.submit("imagenGenerate", image_payload(args), priority=args.priority)
-    waiting = client.job(job.id).data.get("waitingFor")
-    say(f"submitted {job.id}" + (f": {waiting}" if waiting else ""))
     job = _or_cancel(client, job, args.timeout)
     picture = job.png if job.status == "completed" else None
     if picture is None: raise ExecutionError(job.detail or f"The job was {job.status}, without a picture.")

@@ -408,9 +408,9 @@ def file_response(request: Request, path: str | os.PathLike[str], content_type: 
     size = os.stat(path).st_size
     common = [("ETag", etag), ("Accept-Ranges", "bytes"), *headers]
     if not_modified(request, etag): return Response(status=304, headers=common)
-    start, stop = _range_of(request, size, etag)
-    status = 200 if (start, stop) == (0, size) and "range" not in request.headers else 206
-    if status == 206: common.append(("Content-Range", f"bytes {start}-{stop - 1}/{size}"))
+    part = _range_of(request, size, etag)
+    status, (start, stop) = (200, (0, size)) if part is None else (206, part)
+    if part is not None: common.append(("Content-Range", f"bytes {start}-{stop - 1}/{size}"))
     return StreamResponse(_file_pieces(Path(path), start, stop), status, content_type, common, length=stop - start)
 
 def not_modified(request: Request, etag: str) -> bool:
@@ -418,10 +418,11 @@ def not_modified(request: Request, etag: str) -> bool:
     tags = [t.strip().removeprefix("W/") for t in request.headers.get("if-none-match", "").split(",")]
     return etag in tags or "*" in tags
 
-def _range_of(request: Request, size: int, etag: str) -> tuple[int, int]:
+def _range_of(request: Request, size: int, etag: str) -> tuple[int, int] | None:
+    "First byte and the one after the last; `None` for the whole, also when several ranges are asked, as RFC 9110 section 14.2 allows."
     match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", request.headers.get("range", "").strip())
     if match is None or not (match[1] or match[2]) or request.headers.get("if-range", etag) != etag:
-        return 0, size  # no range, several, or one that does not apply: the whole, as RFC 9110 14.2 allows
+        return None
     start = int(match[1]) if match[1] else max(0, size - int(match[2]))
     stop = min(size, int(match[2]) + 1) if match[1] and match[2] else size
     if start >= size or start >= stop: raise HTTPError(416, f"The file has {size} bytes.", "range_not_satisfiable")

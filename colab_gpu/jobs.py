@@ -256,7 +256,7 @@ def refuse_unknown(payload: Mapping[str, Any], known: Sequence[str]) -> None:
     for name in payload:
         if name not in known:
             from difflib import get_close_matches
-            near = get_close_matches(name, known, n=1)
+            near = get_close_matches(name, known, n=1) or [k for k in known if len(name) > 3 and name in k]
             hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}."
             raise InvalidPayload(f"There is no field {_shown(name)} here; {hint}", field=str(name)[:100])
 
