@@ -707,6 +707,7 @@ class HTTPServer:
         for connection in [c for c in self.connections if c.state in ("idle", "head")]: connection.linger()
         deadline = time.monotonic() + self.limits.grace_s
         while any(c.state in ("busy", "drain") for c in self.connections) and time.monotonic() < deadline: await asyncio.sleep(0.01)
+        for _ in range(5): await asyncio.sleep(0)  # those that were being accepted get their transport, and are ended too
         for connection in list(self.connections):
             if connection.task is not None: connection.task.cancel()
             connection.transport.abort()
