@@ -313,6 +313,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'colab_gpu.httpd.HTTPServer._send_later': ('httpd.html#httpserver._send_later', 'colab_gpu/httpd.py'),
                                  'colab_gpu.httpd.HTTPServer._send_stream': ('httpd.html#httpserver._send_stream', 'colab_gpu/httpd.py'),
                                  'colab_gpu.httpd.HTTPServer._set_clock': ('httpd.html#httpserver._set_clock', 'colab_gpu/httpd.py'),
+                                 'colab_gpu.httpd.HTTPServer._stop_listening': ( 'httpd.html#httpserver._stop_listening',
+                                                                                 'colab_gpu/httpd.py'),
                                  'colab_gpu.httpd.HTTPServer._sweep': ('httpd.html#httpserver._sweep', 'colab_gpu/httpd.py'),
                                  'colab_gpu.httpd.HTTPServer._sweep_forever': ( 'httpd.html#httpserver._sweep_forever',
                                                                                 'colab_gpu/httpd.py'),

@@ -703,16 +703,23 @@ class HTTPServer:
         `closing` is set first, so that handlers which wait can stop waiting.
         """
         self.closing.set()
-        if self._server is not None: self._server.close()
+        await self._stop_listening()
         for connection in [c for c in self.connections if c.state in ("idle", "head")]: connection.linger()
         deadline = time.monotonic() + self.limits.grace_s
         while any(c.state in ("busy", "drain") for c in self.connections) and time.monotonic() < deadline: await asyncio.sleep(0.01)
-        for _ in range(5): await asyncio.sleep(0)  # those that were being accepted get their transport, and are ended too
         for connection in list(self.connections):
             if connection.task is not None: connection.task.cancel()
             connection.transport.abort()
         await asyncio.sleep(0)
         if self._sweeper is not None: self._sweeper.cancel()
+
+    async def _stop_listening(self) -> None:
+        # asyncio forgets a connection that it is just accepting when its server closes: first accept no more, then let it finish.
+        for listening in self._server.sockets if self._server is not None else ():
+            try: self.loop.remove_reader(listening.fileno())
+            except NotImplementedError: pass
+        for _ in range(5): await asyncio.sleep(0)
+        if self._server is not None: self._server.close()
 
     def _set_clock(self) -> None:
         self.tick = time.monotonic()
