@@ -632,7 +632,7 @@ class QueueServer:
     def stop(self) -> None:
         "End in good order; a second call does nothing."
         self._thread.stop()
-    def __enter__(self) -> QueueServer: return self.start()
+    def __enter__(self) -> QueueServer: return self if self.url else self.start()
     def __exit__(self, *_: Any) -> None: self.stop()
     def __repr__(self) -> str: return f"QueueServer({'serving' if self.url else 'not started'})"
 
