@@ -127,7 +127,7 @@ def test_standby_takes_only_what_has_waited(server):
 
 def test_etag_and_listing(server):
     ids = [submit(server)["id"] for _ in range(5)]
-    status, _, headers = ask(server, "GET", f"/gpu-jobs/{ids[0]}")
+    _, _, headers = ask(server, "GET", f"/gpu-jobs/{ids[0]}")
     assert ask(server, "GET", f"/gpu-jobs/{ids[0]}", If_None_Match=headers["ETag"])[0] == 304
     ask(server, "DELETE", f"/gpu-jobs/{ids[0]}")
     assert ask(server, "GET", f"/gpu-jobs/{ids[0]}", If_None_Match=headers["ETag"])[0] == 200

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def a_job(n, **fields):
-    return Job(new_id(1000 + n), fields.pop("tool", "errand"), '{"n": %d}' % n, enqueued_ms=1000 + n, **fields)
+    return Job(new_id(1000 + n), fields.pop("tool", "errand"), f'{{"n": {n}}}', enqueued_ms=1000 + n, **fields)
 
 
 @pytest.fixture(params=["memory", "sqlite"])
