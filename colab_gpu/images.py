@@ -15,12 +15,12 @@ from .errors import ColabGPUError, ExecutionError, InvalidInput, InvalidSetting,
 from .jobs import ImagenDefaults, ImagenRequest, LocalContext, RunContext
 
 # %% auto #0
-__all__ = ['RENAMED', 'BF16_FAMILIES', 'LOAD_ERRORS', 'LATENT_TO_RGB', 'PREVIEWS_PER_IMAGE', 'SAMPLERS', 'library', 'first_line',
-           'hush', 'ModelSource', 'find_model', 'cache_folder', 'tiny_pipeline', 'pick_device', 'pick_dtype',
-           'dtype_argument', 'chain', 'load_error', 'out_of_memory', 'translated', 'load_pipeline', 'can_preview',
-           'preview_jpeg', 'call_arguments', 'notes', 'step_reporter', 'call_pipeline', 'check_pixels', 'draw_error',
-           'parameters_text', 'to_png', 'Drawing', 'LoadedModel', 'paint', 'ModelShelf', 'free_memory', 'owner_model',
-           'caller_model', 'ImageExecutor', 'image_defaults']
+__all__ = ['RANDOM_DEMO', 'RENAMED', 'BF16_FAMILIES', 'LOAD_ERRORS', 'LATENT_TO_RGB', 'PREVIEWS_PER_IMAGE', 'SAMPLERS', 'library',
+           'first_line', 'hush', 'ModelSource', 'find_model', 'cache_folder', 'tiny_pipeline', 'pick_device',
+           'pick_dtype', 'dtype_argument', 'chain', 'load_error', 'out_of_memory', 'translated', 'load_pipeline',
+           'can_preview', 'preview_jpeg', 'call_arguments', 'notes', 'step_reporter', 'call_pipeline', 'check_pixels',
+           'draw_error', 'parameters_text', 'to_png', 'Drawing', 'LoadedModel', 'paint', 'ModelShelf', 'free_memory',
+           'image_defaults', 'owner_model', 'caller_model', 'ImageExecutor']
 
 # %% ../nbs/14_images.ipynb #2785e1f8
 def library(name: str) -> Any:
@@ -48,6 +48,7 @@ def hush() -> None:
     library("huggingface_hub.utils").disable_progress_bars()
 
 # %% ../nbs/14_images.ipynb #a814d658
+RANDOM_DEMO = "demo (random weights)"
 RENAMED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -72,7 +73,7 @@ def find_model(model_id: str) -> ModelSource:
 def _demo() -> ModelSource:
     bundled = Path(str(importlib.resources.files("colab_gpu"))) / "demo_model"
     if (bundled / "model_index.json").is_file(): return ModelSource("demo", str(bundled), True)
-    return ModelSource("demo (random weights)", str(cache_folder() / "tiny-1"), True)
+    return ModelSource(RANDOM_DEMO, str(cache_folder() / "tiny-1"), True)
 
 def cache_folder(environ: Mapping[str, str] | None = None) -> Path:
     "The folder for what can be made again: `$XDG_CACHE_HOME/colab-gpu`, else `~/.cache/colab-gpu`."
@@ -175,6 +176,7 @@ LOAD_ERRORS: tuple[tuple[str, type[ExecutionError], str], ...] = (
                                      "the worker a token of that account as HF_TOKEN."),
     ("RepositoryNotFoundError", InvalidInput, "There is no model {name} on the Hugging Face Hub: check the spelling, or set "
                                               "HF_TOKEN if it is private."),
+    ("HFValidationError", InvalidInput, "{name} is not a name that the Hugging Face Hub allows: check the spelling."),
     ("OfflineModeIsEnabled", Transient, "{name} has not been downloaded here, and HF_HUB_OFFLINE forbids it: unset it, or "
                                         "download the model first."),
     ("LocalEntryNotFoundError", Transient, "The Hugging Face Hub cannot be reached to load {name}: check the network, then try again."),
@@ -236,7 +238,7 @@ def load_pipeline(source: ModelSource, *, device: str, dtype: str | None = None,
     torch, diffusers = library("torch"), library("diffusers")
     hush()
     with translated(lambda e: load_error(e, source, secret=token)):
-        if source.name == "demo (random weights)": tiny_pipeline(source.location)
+        if source.name == RANDOM_DEMO: tiny_pipeline(source.location)
         wanted = getattr(torch, dtype or pick_dtype(device, _family(source, token) if device.startswith("cuda") else ""))
         options: dict[str, Any] = {dtype_argument(diffusers.__version__): wanted, "token": token or None}
         if not source.local: options["use_safetensors"] = True
@@ -283,6 +285,8 @@ def call_arguments(pipe: Any, request: ImagenRequest, seed: int, on_step: Callab
     offered = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "guidance_scale": request.guidance_scale,
                "num_inference_steps": request.num_inference_steps, "width": request.width, "height": request.height,
                "generator": library("torch").Generator("cpu").manual_seed(seed), "output_type": "np", "callback_on_step_end": on_step}
+    if "callback_on_step_end" not in takes:
+        offered.update(callback=lambda index, timestep, latents: on_step(pipe, index, timestep, {"latents": latents}), callback_steps=1)
     return {name: value for name, value in offered.items() if name in takes and value is not None}
 
 def notes(pipe: Any, request: ImagenRequest) -> list[str]:
@@ -406,12 +410,14 @@ def paint(model: LoadedModel, request: ImagenRequest, seed: int, ctx: RunContext
     for sentence in said: ctx.log(sentence)
     with translated(lambda e: draw_error(e, request, name=name, device=model.device)):
         output = call_pipeline(pipe, call_arguments(pipe, request, seed, step_reporter(ctx, request.num_inference_steps)))
-        image = _to_image(output, name=name, dtype=str(pipe.dtype).removeprefix("torch."))
+        image = _to_image(output, name=name, dtype=_dtype_name(pipe))
         facts = {"model": name, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
                  "guidance_scale": request.guidance_scale, "num_inference_steps": request.num_inference_steps,
                  "width": image.width, "height": image.height, "seed": seed}
         png = to_png(image, {**facts, "scheduler": type(pipe.scheduler).__name__ if hasattr(pipe, "scheduler") else "own"})
     return Drawing(image, png, {**facts, "duration_ms": round((clock() - started) * 1000), "device": model.device}, tuple(said))
+
+def _dtype_name(pipe: Any) -> str: return str(pipe.dtype).removeprefix("torch.")
 
 def _to_image(output: Any, *, name: str, dtype: str) -> Any:
     "The first picture of a pipeline's output, checked, as a PIL image."
@@ -432,16 +438,20 @@ class ModelShelf:
     def names(self) -> list[str]: return [model.source.name for model in list(self._loaded.values())]
     def has(self, source: ModelSource) -> bool: return source.location in self._loaded
 
-    def get(self, source: ModelSource) -> LoadedModel:
-        "The model at `source`, loaded if it wasn't; raises what `load_pipeline` raises."
-        model = self._loaded.pop(source.location, None)
-        if model is None:
-            if len(self._loaded) >= self._keep: self.drop(len(self._loaded) - self._keep + 1)
-            device = pick_device(self._settings["IMAGEN_DEVICE"] if self._device is None else self._device)
-            model = LoadedModel(source, load_pipeline(source, device=device, dtype=self._dtype, token=self._settings["HF_TOKEN"],
-                                                      safety_checker=self._settings["IMAGEN_SAFETY_CHECKER"]), device)
+    def get(self, source: ModelSource, say: Callable[[str], None] = lambda sentence: None) -> LoadedModel:
+        "The model at `source`; if it must be loaded, `say` hears of it. Raises what `pick_device` and `load_pipeline` raise."
+        model = self._loaded.pop(source.location, None) or self._load(source, say)
         self._loaded[source.location] = model  # last: the most recent
         return model
+
+    def _load(self, source: ModelSource, say: Callable[[str], None]) -> LoadedModel:
+        device = pick_device(self._settings["IMAGEN_DEVICE"] if self._device is None else self._device)
+        if len(self._loaded) >= self._keep: self.drop(len(self._loaded) - self._keep + 1)
+        say(f"Loading {source.name}{'' if source.local else '; the first time it is downloaded'}.")
+        pipe = load_pipeline(source, device=device, dtype=self._dtype, token=self._settings["HF_TOKEN"],
+                             safety_checker=self._settings["IMAGEN_SAFETY_CHECKER"])
+        say(f"Loaded {source.name} on {device} in {_dtype_name(pipe)}.")
+        return LoadedModel(source, pipe, device)
 
     def drop(self, count: int | None = None) -> None:
         "Let go of the `count` models not used for longest (`None`: all), and of their memory."
@@ -454,6 +464,13 @@ def free_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available(): torch.cuda.empty_cache()
     elif torch is not None and torch.backends.mps.is_available(): torch.mps.empty_cache()
+
+# %% ../nbs/14_images.ipynb #8e38f78c
+def image_defaults(settings: Mapping[str, Any]) -> ImagenDefaults:
+    "What a request gets that names nothing, from IMAGEN_STEPS, IMAGEN_MAX_STEPS, IMAGEN_WIDTH and IMAGEN_HEIGHT."
+    most = settings["IMAGEN_MAX_STEPS"]
+    return ImagenDefaults(steps=min(settings["IMAGEN_STEPS"], most), max_steps=most,
+                          width=settings["IMAGEN_WIDTH"], height=settings["IMAGEN_HEIGHT"])
 
 # %% ../nbs/14_images.ipynb #2a15ebeb
 def owner_model(asked: str | None, own: str) -> ModelSource:
@@ -500,7 +517,7 @@ class ImageExecutor:
 
     def preload(self, model_id: str | None = None, on_progress: Callable[[str], None] | None = None) -> None:
         "Load `model_id` (`None`: the executor's own) now, telling `on_progress` a sentence before and after."
-        with self._lock: self._model(owner_model(model_id, self.model_id), on_progress or (lambda sentence: None))
+        with self._lock: self._shelf.get(owner_model(model_id, self.model_id), on_progress or (lambda sentence: None))
 
     def unload(self) -> None:
         "Let go of every model and its memory; waits for a run to end."
@@ -522,26 +539,17 @@ class ImageExecutor:
     def _draw(self, request: ImagenRequest, source: ModelSource, ctx: RunContext) -> Drawing:
         with self._lock:
             ctx.check()
-            if not self._shelf.has(source): ctx.progress(0, request.num_inference_steps, phase="loading")
-            model, load_ms = self._model(source, ctx.log)
+            warm, started = self._shelf.has(source), self._clock()
+            if not warm: ctx.progress(0, request.num_inference_steps, phase="loading")
+            model = self._shelf.get(source, ctx.log)
+            load_ms = 0 if warm else round((self._clock() - started) * 1000)
             ctx.check()
             seed = self._pick_seed() if request.seed is None else request.seed
-            try: drawing = paint(model, request, seed, ctx, self._clock)
-            except OutOfMemory: free_memory(); raise  # noqa: E702
+            try:
+                drawing = paint(model, request, seed, ctx, self._clock)
+            except OutOfMemory:
+                free_memory()
+                raise
+            ctx.check()
             drawing.meta["load_ms"] = load_ms
             return drawing
-
-    def _model(self, source: ModelSource, say: Callable[[str], None]) -> tuple[LoadedModel, int]:
-        if self._shelf.has(source): return self._shelf.get(source), 0
-        started = self._clock()
-        say(f"Loading {source.name}{'' if source.local else '; the first time it is downloaded'}.")
-        model = self._shelf.get(source)
-        load_ms = round((self._clock() - started) * 1000)
-        say(f"Loaded {source.name} on {model.device} in {str(model.pipe.dtype).removeprefix('torch.')}.")
-        return model, load_ms
-
-def image_defaults(settings: Mapping[str, Any]) -> ImagenDefaults:
-    "What a request gets that names nothing, from IMAGEN_STEPS, IMAGEN_MAX_STEPS, IMAGEN_WIDTH and IMAGEN_HEIGHT."
-    most = settings["IMAGEN_MAX_STEPS"]
-    return ImagenDefaults(steps=min(settings["IMAGEN_STEPS"], most), max_steps=most,
-                          width=settings["IMAGEN_WIDTH"], height=settings["IMAGEN_HEIGHT"])
