@@ -235,6 +235,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'colab_gpu.errors': { 'colab_gpu.errors.AccessDenied': ('errors.html#accessdenied', 'colab_gpu/errors.py'),
                                   'colab_gpu.errors.ColabGPUError': ('errors.html#colabgpuerror', 'colab_gpu/errors.py'),
                                   'colab_gpu.errors.ColabGPUError.__init__': ('errors.html#colabgpuerror.__init__', 'colab_gpu/errors.py'),
+                                  'colab_gpu.errors.ColabGPUError._render_traceback_': ( 'errors.html#colabgpuerror._render_traceback_',
+                                                                                         'colab_gpu/errors.py'),
                                   'colab_gpu.errors.ColabGPUError.wire': ('errors.html#colabgpuerror.wire', 'colab_gpu/errors.py'),
                                   'colab_gpu.errors.Conflict': ('errors.html#conflict', 'colab_gpu/errors.py'),
                                   'colab_gpu.errors.ConnectionFailed': ('errors.html#connectionfailed', 'colab_gpu/errors.py'),

@@ -35,6 +35,10 @@ class ColabGPUError(Exception):
         if code is not None: self.code = code
         if retryable is not None: self.retryable = retryable
 
+    def _render_traceback_(self) -> list[str]:
+        # IPython asks for this: in a notebook an expected error is its sentence, not forty lines of our insides.
+        return [f"{type(self).__name__}: {self.message}"]
+
     def wire(self) -> dict[str, Any]:
         """This error as the JSON body that CONTRACT fixes: `error`, `message`, `retryable` (and `field`)."""
         body: dict[str, Any] = {"error": self.code, "message": self.message, "retryable": self.retryable}

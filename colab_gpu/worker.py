@@ -12,8 +12,8 @@ from typing import Any
 from urllib.parse import quote
 from .client import Transport
 from .config import SETTINGS, Settings
-from .errors import (AccessDenied, ColabGPUError, ConnectionFailed, ExecutionError, Interrupted, InvalidInput, InvalidPayload, JobEnded,
-                              LeaseLost, MissingToken, NotFound, OutOfMemory, RequestError, ResultConflict)
+from .errors import (AccessDenied, ColabGPUError, ConnectionFailed, ExecutionError, Interrupted, InvalidInput, InvalidPayload,
+                              InvalidSetting, JobEnded, LeaseLost, MissingToken, NotFound, OutOfMemory, RequestError, ResultConflict)
 from .jobs import Executor
 
 # %% auto #0
@@ -146,7 +146,7 @@ class Heart:
 def failure_of(error: BaseException, secrets: Sequence[str] = ()) -> dict[str, Any]:
     "The body of `complete` for a run that raised `error`, without any of `secrets`."
     if isinstance(error, ExecutionError): kind, again, text = error.kind, error.retryable, error.message
-    elif isinstance(error, InvalidPayload): kind, again, text = "invalid_input", False, error.message
+    elif isinstance(error, InvalidPayload | InvalidSetting): kind, again, text = "invalid_input", False, error.message
     elif isinstance(error, MemoryError): kind, again, text = "oom", False, "The worker ran out of memory."
     else: kind, again, text = "transient", True, f"{type(error).__name__}: {error}"
     return {"status": "error", "detail": scrub(" ".join(text.split()) or type(error).__name__, secrets)[:2000], "kind": kind, "retryable": again}

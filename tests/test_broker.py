@@ -349,7 +349,7 @@ def test_a_wake_up_that_is_not_needed_is_passed_on():
         a = asyncio.create_task(lease_within(broker, Ask("a", "a"), 30))
         while first.id not in broker.roster.workers.get("a", rules.WorkerSeen("", None, Ask(""))).jobs:
             await asyncio.sleep(0)
-        b = asyncio.create_task(lease_within(broker, Ask("b", "b"), 30))
+        b = asyncio.create_task(lease_within(broker, Ask("b", "b"), 3600))
         while len(broker.waiters) < 2:
             await asyncio.sleep(0)
         for _ in range(20):
