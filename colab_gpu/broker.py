@@ -15,10 +15,10 @@ from .jobs import Job, JobSpec, batch_key, digest, job_dict, lane_parts, move, n
 from .store import Outcome, Reader, Store, Ticket, Tx
 
 # %% auto #0
-__all__ = ['EVENT_KINDS', 'T', 'Policy', 'At', 'submit', 'Ask', 'lease', 'check_claim', 'extend', 'finish', 'add_artifact',
-           'fail', 'backoff_s', 'release', 'cancel', 'retry', 'reap', 'Waiters', 'Event', 'Channel', 'check_events',
-           'WorkerSeen', 'Roster', 'LoopTicket', 'Beat', 'Broker', 'lease_within', 'heartbeat', 'ended_within', 'watch',
-           'reap_forever', 'standing']
+__all__ = ['EVENT_KINDS', 'T', 'Policy', 'At', 'submit', 'Ask', 'lease', 'check_claim', 'extend', 'finish', 'proper',
+           'add_artifact', 'fail', 'backoff_s', 'release', 'cancel', 'retry', 'reap', 'Waiters', 'Event', 'Channel',
+           'check_events', 'WorkerSeen', 'Roster', 'LoopTicket', 'Beat', 'Broker', 'lease_within', 'heartbeat',
+           'ended_within', 'watch', 'reap_forever', 'standing']
 
 # %% ../nbs/05_broker.ipynb #c69ce7f3
 @dataclass(frozen=True)
@@ -182,9 +182,13 @@ def finish(tx: Tx, at: At, job_id: str, token: str | None, result: Any, names: I
     missing = set(names) - {a["name"] for a in job.artifacts}
     if missing:
         raise Unprocessable(f"Artifact {min(missing)!r} was not uploaded under this lease: PUT it, then complete.", code="artifact_missing")
-    job.result_json, job.detail, job.error_kind = json.dumps(result, ensure_ascii=False), None, None
+    job.result_json, job.detail, job.error_kind = proper(json.dumps(result, ensure_ascii=False)), None, None
     _end(tx, at, job, "complete", content)
     return job
+
+def proper(text: str) -> str:
+    "Text that UTF-8 can hold: halves of characters, which models make at times, become question marks."
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 def _said_before(job: Job, content: str) -> bool:
     "Whether this lease already said exactly this. Raises `ResultConflict` when it said something else."
@@ -357,12 +361,13 @@ class Channel:
     def __init__(self, most: int = 2000, most_bytes: int = 1 << 20) -> None:
         self.events: deque[Event] = deque()
         self.watchers: set[asyncio.Event] = set()
-        self.last_number, self.last_seq, self._bytes, self._most, self._most_bytes = 0, -1, 0, most, most_bytes
+        self.last_number, self._bytes, self._most, self._most_bytes = 0, 0, most, most_bytes
+        self.grant, self.last_seq = 0, -1
         self.idle_since: float | None = None
 
     def publish(self, kind: str, data: Mapping[str, Any]) -> Event:
         self.last_number += 1
-        event = Event(self.last_number, kind, json.dumps(data, ensure_ascii=False, separators=(",", ":")))
+        event = Event(self.last_number, kind, proper(json.dumps(data, ensure_ascii=False, separators=(",", ":"))))
         if kind == "preview":
             for old in [e for e in self.events if e.kind == "preview"]: self._forget(old)
         self.events.append(event)
@@ -639,9 +644,10 @@ async def heartbeat(broker: Broker, job_id: str, token: str | None, events: Any 
         if info: worker.info.update(info)
     channel = _channel(broker, job_id) if checked else broker.channels.get(job_id)
     for seq, kind, data in checked:
-        if channel is not None and seq > channel.last_seq:
+        # Each grant numbers its events anew: an attempt by another worker must not be silenced by the last one's numbers.
+        if channel is not None and (job.grants != channel.grant or seq > channel.last_seq):
             channel.publish(kind, data)
-            channel.last_seq = seq
+            channel.grant, channel.last_seq = job.grants, seq
     return Beat(job.lease_s or 0, job.cancel_requested, bool(worker and worker.draining), len(channel.watchers) if channel else 0)
 
 def _channel(broker: Broker, job_id: str) -> Channel:

@@ -4,7 +4,7 @@
 
 # %% ../nbs/20_cli.ipynb #d204875e
 from __future__ import annotations
-import argparse, json, os, signal, sys, tempfile, time
+import argparse, json, os, sys, tempfile, time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -199,30 +199,16 @@ def executors_here(settings: Settings) -> list[Any]:
 NEEDS_IMAGES = 'Drawing needs more packages: pip install "colab-gpu[images]"'
 
 def cmd_worker(args: argparse.Namespace) -> int:
-    from colab_gpu.worker import Worker
+    from colab_gpu.worker import Worker, run_until_interrupted
     settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id)
     worker = Worker(executors_here(settings), settings, log=lambda text: print(text, flush=True))
     if not worker.tools: raise ExecutionError(f"This machine has none of the tools. {NEEDS_IMAGES}")
     if args.once:
         turn = worker.loop(once=True)
         return 0 if turn is not None and turn.did == "completed" else 1
-    return _run_worker(worker)
-
-def _run_worker(worker: Any) -> int:
-    "Until stopped: the first interrupt lets the running job finish, the second hands it back."
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    worker.start()
-    while worker.state != "stopped":
-        try:
-            time.sleep(0.2)
-            if worker.draining.is_set() and worker.run is None: break
-        except KeyboardInterrupt:
-            if worker.draining.is_set() or worker.run is None:
-                worker.stop()
-                return 130
-            worker.drain()
-            say("Finishing the job that runs; interrupt again to hand it back.")
-    return 1 if worker.last_error and not worker.draining.is_set() else 0
+    # The first interrupt lets the running job finish, the second hands it back, the third stops at once.
+    if not run_until_interrupted(worker): return 130
+    return 1 if worker.last_error else 0
 
 # %% ../nbs/20_cli.ipynb #2619d5ef
 def cmd_demo(args: argparse.Namespace) -> int:

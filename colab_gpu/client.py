@@ -4,361 +4,606 @@
 
 # %% ../nbs/12_client.ipynb #d30fbd4a
 from __future__ import annotations
-import base64, hashlib, json, os, random, re, tempfile, time, uuid
+import base64, hashlib, json, os, random, re, threading, time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit
+from uuid import uuid4
 from . import __version__
 from .config import Settings, base_url
-from .errors import ConnectionFailed, ExecutionError, InvalidSetting, TunnelDown, Unavailable, Unprocessable, from_wire
+from .errors import (ColabGPUError, ConnectionFailed, ExecutionError, Interrupted, InvalidInput, InvalidPayload, InvalidSetting,
+                              NotFound, OutOfMemory, Transient, TunnelDown, Unavailable, Unprocessable, from_wire)
+from .jobs import ENDED, refuse_unknown
 
 # %% auto #0
-__all__ = ['RETRIES', 'Transport', 'repeat', 'RemoteJob', 'Event', 'Client', 'parse_sse', 'Picture']
+__all__ = ['T', 'OPTIONS', 'HOLD_S', 'unreachable', 'tunnel_page', 'refusal', 'Line', 'Transport', 'as_json', 'backoff_s',
+           'passes', 'retrying', 'RemoteJob', 'still', 'from_data_url', 'Picture', 'Event', 'read_events', 'Client',
+           'job_path', 'wait_for', 'follow']
 
 # %% ../nbs/12_client.ipynb #c6cab480
-RETRIES = 4
+def unreachable(error: BaseException, address: str) -> ConnectionFailed:
+    "What a failed exchange with `address` means, as a sentence with what to check."
+    from requests import exceptions as rx
+    causes = list(_causes(error))
+    names = {type(e).__name__ for e in causes}
+    if "ConnectionRefusedError" in names: say = f"Nothing listens at {address}: start the server there, or check STACK_API_BASE."
+    elif names & {"gaierror", "NameResolutionError"}: say = f"The name in {address} is not known: check STACK_API_BASE and the network."
+    elif isinstance(error, rx.ProxyError): say = f"The proxy on the way to {address} failed: check HTTPS_PROXY and NO_PROXY."
+    elif isinstance(error, rx.SSLError): say = f"The certificate of {address} was not accepted: check STACK_API_BASE and this machine's clock."
+    elif isinstance(error, rx.ConnectTimeout): say = f"{address} could not be reached in time: check STACK_API_BASE and the network."
+    elif isinstance(error, rx.Timeout): say = f"{address} did not answer in time: look at the server's log, or try again."
+    else: say = f"The connection to {address} broke off ({type(causes[-1]).__name__}): try again; if it stays so, look at the server's log."
+    return ConnectionFailed(say)
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    "An error and those behind it; urllib3 hides some in `reason` and in `args`."
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        inner = [a for a in (getattr(error, "reason", None), *error.args, error.__cause__, error.__context__) if isinstance(a, BaseException)]
+        error = inner[0] if inner else None
+
+# %% ../nbs/12_client.ipynb #c2e3b14e
+_NGROK = {"108": "this ngrok account already runs as many tunnels as it may; stop the other one",
+          "727": "the requests of this month are used up on this ngrok account; use another tunnel",
+          "734": "more requests a minute went through ngrok than it allows; poll less often",
+          "3200": "the tunnel is offline; start it again, and check STACK_API_BASE",
+          "8012": "the tunnel is up, but nothing answers behind it; start the server"}
+
+def tunnel_page(status: int, text: str, address: str) -> TunnelDown:
+    "The error that a web page in place of an answer stands for."
+    found = re.search(r"ERR_NGROK_(\d+)", text)
+    if found:
+        number = found[1]
+        why = _NGROK.get(number, "look it up at https://ngrok.com/docs/errors")
+        return TunnelDown(f"ngrok answered for {address} (ERR_NGROK_{number}): {why}.", retryable=number not in ("108", "727"))
+    if 520 <= status <= 530: return TunnelDown(f"Cloudflare answered {status} for {address}: the tunnel, or the server behind it, is down.")
+    return TunnelDown(f"{address} answered {status} with a web page, not as a queue server: check STACK_API_BASE, and that the tunnel is up.")
+
+# %% ../nbs/12_client.ipynb #7c98a398
+def refusal(status: int, content: bytes, address: str, retry_after: str | None = None) -> ColabGPUError:
+    "The error that an answer with that HTTP status and body stands for."
+    text = content[:100_000].decode("utf-8", "replace")
+    if "ERR_NGROK_" in text: return tunnel_page(status, text, address)
+    if text.lstrip()[:1] == "<":
+        if status == 404 and (missing := re.search(r"Cannot (GET|POST|PUT|DELETE) [^<\s]+", text)):
+            return NotFound(f"The server at {address} has no such route ({missing[0]}); it may be another version.", code="route_not_found")
+        return tunnel_page(status, text, address)
+    try: body = json.loads(content)
+    except ValueError: body = None
+    error = from_wire(status, body)
+    error.retry_after = _seconds(retry_after)
+    return error
+
+def _seconds(text: str | None) -> float | None:
+    "A Retry-After header in seconds; RFC 9110 section 10.2.3 allows a date too."
+    if not text: return None
+    if text.strip().isdigit(): return float(text)
+    from email.utils import parsedate_to_datetime
+    try: return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError): return None
+
+# %% ../nbs/12_client.ipynb #0a552ca5
+class Line:
+    "Whom the open connections of a session belong to; `hang_up` ends them all."
+    def __init__(self) -> None:
+        self._open: set[Any] = set()
+        self._lock = threading.Lock()
+
+    def hang_up(self) -> None:
+        "Shut every open socket down; whoever waits on one gets a connection error at once."
+        import socket
+        with self._lock: connections, self._open = self._open, set()
+        for connection in connections:
+            try: connection.sock.shutdown(socket.SHUT_RDWR)
+            except (OSError, AttributeError): pass  # closed meanwhile
+
+    def adapter(self) -> Any:
+        "An HTTP adapter for a `requests` session whose connections are on this line."
+        from requests.adapters import HTTPAdapter
+        def on_line(pool: Any) -> Any:
+            base = pool.ConnectionCls
+            def connect(connection: Any) -> None:
+                base.connect(connection)
+                with self._lock: self._open.add(connection)
+            def close(connection: Any) -> None:
+                with self._lock: self._open.discard(connection)
+                base.close(connection)
+            return type("LinePool", (pool,), {"ConnectionCls": type("LineConnection", (base,), {"connect": connect, "close": close})})
+        adapter = HTTPAdapter(pool_maxsize=16)
+        pools = adapter.poolmanager.pool_classes_by_scheme
+        adapter.poolmanager.pool_classes_by_scheme = {scheme: on_line(pool) for scheme, pool in pools.items()}
+        return adapter
+
+# %% ../nbs/12_client.ipynb #508ee942
 class Transport:
-    """HTTP to one server: a pooled session, a bearer token, and errors as exceptions.
+    """Calls to one server.
 
     Parameters
     ----------
-    base: the server's address. token: its bearer token, or blank. connect_s, read_s: time-outs in seconds.
+    base: its address, http or https. token: the bearer token, blank for none.
+    connect_s, read_s: how long to wait for the connection and for each piece of the answer, seconds.
+
+    Raises `InvalidSetting` for an address or a token that cannot be one. May be used by several threads.
     """
     def __init__(self, base: str, token: str = "", connect_s: float = 10, read_s: float = 60) -> None:
         try: self.base = base_url(base)
-        except ValueError as e: raise InvalidSetting(f"The server's address {e}, not {base[:100]!r}.", field="STACK_API_BASE") from None
-        if not token.isascii() or not token.isprintable():
-            raise InvalidSetting("The token has a character that no token has: copy it again.", field="token")
+        except ValueError as e: raise InvalidSetting(f"STACK_API_BASE {e}.", field="STACK_API_BASE") from None
+        if not (token.isascii() and token.isprintable()) or " " in token:
+            raise InvalidSetting("The token must be one word of printable ASCII: check for a stray space or line end.", field="token")
         self._token, self.connect_s, self.read_s, self.requests_made = token, connect_s, read_s, 0
+        self._line, self._lock = Line(), threading.Lock()
         self._session: Any = None
 
-    def __repr__(self) -> str: return f"Transport({self.base}, {'with' if self._token else 'without'} a token)"
+    def __repr__(self) -> str: return f"Transport({self.base}, {'with' if self._token else 'without'} token)"
+
+    def _authorize(self, request: Any) -> Any:
+        # As `auth`, because a .netrc entry would otherwise replace the header.
+        if self._token: request.headers["Authorization"] = f"Bearer {self._token}"
+        return request
 
     def session(self) -> Any:
-        "The pooled `requests.Session`."
-        if self._session is None:
-            import requests
-            from requests.adapters import HTTPAdapter
-            session = requests.Session()
-            session.trust_env = not _is_local(self.base)  # a proxy from the environment can't reach this machine
-            for scheme in ("http://", "https://"): session.mount(scheme, HTTPAdapter(pool_maxsize=16))
-            # ngrok shows browsers a page first; these two headers tell it that this is a program.
-            session.headers.update({"User-Agent": f"colab-gpu/{__version__}", "ngrok-skip-browser-warning": "1", "Accept-Encoding": "identity"})
-            if self._token: session.auth = _Bearer(self._token)
-            self._session = session
-        return self._session
+        "The pooled `requests.Session`, made by the first call."
+        with self._lock:
+            if self._session is None:
+                import requests
+                self._session = session = requests.Session()
+                session.headers.update({"User-Agent": f"colab-gpu/{__version__}", "ngrok-skip-browser-warning": "1", "Accept": "*/*"})
+                session.auth = self._authorize
+                session.trust_env = not _is_local(self.base)  # no proxy reaches this machine
+                for scheme in ("http://", "https://"): session.mount(scheme, self._line.adapter())
+            return self._session
 
-    def send(self, method: str, path: str, *, body: Any = None, data: Any = None, params: Mapping[str, Any] | None = None,
-             headers: Mapping[str, str] | None = None, read_s: float | None = None, stream: bool = False) -> Any:
-        """One request; the `requests.Response` when its status is below 400.
+    def send(self, method: str, path: str, *, body: Any = None, data: Any = None, headers: Mapping[str, str] | None = None,
+             params: Mapping[str, Any] | None = None, connect_s: float | None = None, read_s: float | None = None, stream: bool = False) -> Any:
+        """One request; the `requests.Response` of a success.
 
         Parameters
         ----------
-        body: sent as JSON. data: sent as it is (bytes or a file). read_s: seconds without a byte before giving up.
+        body: sent as JSON. data: sent as it is, bytes. connect_s, read_s: other time-outs than the transport's, seconds.
 
-        Raises `ConnectionFailed`, `TunnelDown`, or what `errors.from_wire` makes of the answer.
+        Raises `ConnectionFailed`, `TunnelDown`, `InvalidPayload` when `body` isn't JSON, and what the server's refusal stands for.
         """
         import requests
+        session, headers = self.session(), dict(headers or {})
+        if body is not None: data, headers["Content-Type"] = as_json(body), "application/json"
         self.requests_made += 1
-        head = dict(headers or {})
-        if body is not None:
-            data = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
-            head["Content-Type"] = "application/json"
         try:
-            answer = self.session().request(method, self.base + path, data=data, params=params, headers=head, stream=stream,
-                                            allow_redirects=False, timeout=(self.connect_s, read_s or self.read_s))
-        except (requests.RequestException, OSError) as e: raise ConnectionFailed(_why(self.base, e)) from None
-        _check(answer, self.base)
-        return answer
+            response = session.request(method, self.base + path, data=data, headers=headers, params=params, stream=stream,
+                                       timeout=(connect_s or self.connect_s, read_s or self.read_s), allow_redirects=False)
+            if not 200 <= response.status_code < 300: raise self._refused(response)
+        except (requests.RequestException, OSError) as e: raise unreachable(e, self.base) from None
+        return response
+
+    def _refused(self, response: Any) -> ColabGPUError:
+        if 300 <= response.status_code < 400:
+            target = urlsplit(response.headers.get("Location", ""))
+            where = f"{target.scheme}://{target.netloc}" if target.netloc else "another path"
+            return ConnectionFailed(f"{self.base} sends callers on to {where}: if that is your server, set STACK_API_BASE to it.",
+                                    code="redirected", retryable=False)
+        return refusal(response.status_code, response.content, self.base, response.headers.get("Retry-After"))
 
     def call(self, method: str, path: str, **options: Any) -> Any:
-        "One request; the JSON of its answer, `None` for an empty one."
-        answer = self.send(method, path, **options)
-        if answer.status_code == 204 or not answer.content: return None
-        try: return answer.json()
-        except ValueError: raise ConnectionFailed(f"{self.base} answered something that is not JSON: is it a colab-gpu server?") from None
+        "One request, as `send` makes it; the JSON of the answer, `None` for 204 No Content."
+        response = self.send(method, path, **options)
+        if response.status_code == 204: return None
+        try: return json.loads(response.content)
+        except ValueError: pass
+        start = response.content.lstrip()[:1]
+        if start == b"<": raise tunnel_page(response.status_code, response.text, self.base)
+        # A connection that breaks within the head of an answer looks like an answer without a body.
+        if start in (b"", b"{", b"["): raise ConnectionFailed(f"The answer of {self.base} was cut off: try again.")
+        raise ConnectionFailed(f"{self.base} did not answer in JSON: check that STACK_API_BASE is a queue server's address.", retryable=False)
+
+    def hang_up(self) -> None:
+        "Break off every call under way; they raise `ConnectionFailed`. The transport can be used again."
+        self._line.hang_up()
 
     def close(self) -> None:
-        if self._session is not None: self._session.close()
+        "Close the pooled connections."
+        with self._lock: session, self._session = self._session, None
+        if session is not None: session.close()
 
-# %% ../nbs/12_client.ipynb #c2e3b14e
-class _Bearer:
-    "Sets the token on each request; unlike a default header it is not sent on to another host."
-    def __init__(self, token: str) -> None: self._token = token
-    def __call__(self, request: Any) -> Any:
-        request.headers["Authorization"] = f"Bearer {self._token}"
-        return request
+def as_json(value: Any) -> bytes:
+    "The value as JSON. Raises `InvalidPayload` when it isn't plain JSON."
+    try: return json.dumps(value, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as e: raise InvalidPayload(f"This cannot be sent as JSON: {e}.") from None
 
-def _is_local(base: str) -> bool:
-    host = urlsplit(base).hostname or ""
-    return host == "localhost" or host == "::1" or host.startswith("127.")
+def _is_local(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    return host == "localhost" or host.startswith("127.") or host == "::1"
 
-def _why(base: str, e: Exception) -> str:
-    "Why there was no answer, in a sentence for people."
-    text, name = str(e), type(e).__name__
-    if "Timeout" in name or "timed out" in text: return f"{base} did not answer in time."
-    if "NameResolution" in text or "getaddrinfo" in text or "Name or service" in text:
-        return f"The name in {base} is not known: check the address."
-    if "SSL" in name or "CERTIFICATE" in text: return f"The secure connection to {base} failed: check the address and its certificate."
-    if "refused" in text: return f"Nothing listens at {base}: is the server running?"
-    return f"The connection to {base} broke off."
+# %% ../nbs/12_client.ipynb #9bb353b3
+T = TypeVar("T")
 
-def _check(answer: Any, base: str) -> None:
-    "Raise for an answer that isn't a success."
-    kind = answer.headers.get("Content-Type", "")
-    if answer.status_code < 300 and "text/html" not in kind: return
-    if 300 <= answer.status_code < 400:
-        raise ConnectionFailed(f"{base} sends us elsewhere ({answer.status_code}): use the final address, probably with https.", retryable=False)
-    text = answer.text[:20_000] if "html" in kind or "text" in kind or "json" in kind else ""
-    code = re.search(r"ERR_NGROK_\d+", text) or re.search(r"ERR_NGROK_\d+", answer.headers.get("ngrok-error-code", ""))
-    if code or "text/html" in kind:
-        raise TunnelDown(f"The tunnel at {base} answered instead of the server ({code[0] if code else answer.status_code}): is the server up?")
-    try: body = answer.json()
-    except ValueError: body = None
-    error = from_wire(answer.status_code, body)
-    try: error.retry_after = float(answer.headers["Retry-After"])
-    except (KeyError, ValueError): pass
-    raise error
+def backoff_s(tries: int, first_s: float = 0.2, most_s: float = 5, rand: Callable[[], float] = random.random) -> float:
+    "Seconds to wait after that many failures in a row (from 1): doubling, capped, with equal jitter (AWS Architecture Blog, 2015)."
+    return min(most_s, first_s * 2 ** min(tries - 1, 30)) * (0.5 + rand() / 2)
 
-# %% ../nbs/12_client.ipynb #0a552ca5
-def repeat(action: Callable[[], Any], retries: int = RETRIES, sleep: Callable[[float], None] = time.sleep,
-           chance: Callable[[], float] = random.random) -> Any:
-    "Call `action` until it works, at most `retries` times more, while its error says that trying again helps."
-    for attempt in range(retries + 1):
-        try: return action()
-        except (ConnectionFailed, Unavailable) as e:
-            if attempt == retries or not e.retryable: raise
-            sleep(max(e.retry_after or 0, 0.25 * 2 ** attempt * (0.5 + chance() / 2)))
+def passes(error: ColabGPUError) -> bool:
+    "Whether an error is the kind that goes away: no answer, or a 5xx."
+    return error.retryable and (isinstance(error, ConnectionFailed) or (isinstance(error, Unavailable) and error.status == 503))
 
-# %% ../nbs/12_client.ipynb #21dcda24
+def retrying(fn: Callable[[], T], tries: int = 5, sleep: Callable[[float], Any] = time.sleep) -> T:
+    "Call `fn` up to `tries` times while what it raises passes; then raise the last error."
+    for n in range(1, tries):
+        try: return fn()
+        except ColabGPUError as e:
+            if not passes(e): raise
+            sleep(min(30.0, e.retry_after) if e.retry_after else backoff_s(n))
+    return fn()
+
+# %% ../nbs/12_client.ipynb #bb3f5695
+_KINDS: dict[str | None, type[ExecutionError]] = {cls.kind: cls for cls in (InvalidInput, OutOfMemory, Transient, Interrupted)}
+
 class RemoteJob:
-    """A job on the server. Its fields are the ones the server sent last; `refresh` and `wait` fetch them anew.
+    """A job on a server, as it was when last looked at.
 
-    Attributes: `id`, `tool`, `status`, `data` (all fields), `result`, `detail`.
+    Attributes: `data`, the JSON the server sent; `id`, `tool`, `status`, `payload`, `result`, `detail` from it.
     """
-    def __init__(self, client: Client, data: Mapping[str, Any]) -> None: self._client, self.data = client, dict(data)
+    def __init__(self, client: Client, data: dict[str, Any]) -> None:
+        self._client, self.data = client, data
+        self._png: bytes | None = None
 
     @property
-    def id(self) -> str: return str(self.data["id"])
+    def id(self) -> str: return str(self.data.get("id", ""))
     @property
-    def tool(self) -> str: return str(self.data.get("tool"))
+    def tool(self) -> str: return str(self.data.get("tool", ""))
     @property
-    def status(self) -> str: return str(self.data.get("status"))
+    def status(self) -> str: return str(self.data.get("status", ""))
     @property
-    def ended(self) -> bool: return self.status in ("completed", "failed", "canceled")
+    def ended(self) -> bool: return self.status in ENDED
+    @property
+    def payload(self) -> Any: return self.data.get("payload")
     @property
     def result(self) -> Any: return self.data.get("result")
     @property
-    def detail(self) -> str | None: return self.data.get("detail")
+    def detail(self) -> str | None: return self.data.get("detail") or self.data.get("lastError")
+    @property
+    def artifacts(self) -> list[dict[str, Any]]: return self.data.get("artifacts") or []
+
+    def __repr__(self) -> str:
+        who = f" by {self.data['workerId']}" if self.data.get("workerId") else ""
+        why = self.data.get("waitingFor") or (None if self.status == "completed" else self.detail)
+        return f"RemoteJob({self.tool} {self.status}{who}{': ' + why if why else ''})"
+    def _repr_png_(self) -> bytes | None:
+        try: return self.png if self.png and self.png.startswith(b"\x89PNG") else None
+        except ColabGPUError: return None
 
     def refresh(self) -> RemoteJob:
-        "Fetch the job's fields anew."
-        self.data = self._client.job(self.id).data
-        return self
+        "Look again; returns itself."
+        return self._take(self._client.job(self.id))
     def wait(self, timeout_s: float | None = None) -> RemoteJob:
-        "Wait for the end; see `Client.wait`."
-        self.data = self._client.wait(self.id, timeout_s).data
-        return self
+        "Wait for the end, `timeout_s` seconds at most; returns itself. Raises as `Client.wait` does."
+        return self._take(self._client.wait(self.id, timeout_s))
     def cancel(self) -> RemoteJob:
-        "Cancel it, or ask its worker to stop."
-        self.data = self._client.cancel(self.id).data
-        return self
+        "Ask for the job's end; returns itself."
+        return self._take(self._client.cancel(self.id))
+    def retry(self) -> RemoteJob:
+        "Submit a failed or canceled job again; returns the new job."
+        return self._client.retry(self.id)
     def events(self) -> Iterator[Event]:
-        "Follow it; see `Client.events`."
+        "Follow the job to its end."
         return self._client.events(self.id)
+
+    def _take(self, other: RemoteJob) -> RemoteJob:
+        self.data, self._png = other.data, None
+        return self
+
+    def check(self) -> RemoteJob:
+        "Return itself if it completed. Raises `ExecutionError` (the class of its kind) when it failed or was canceled, `Unavailable` before its end."
+        if self.status == "completed": return self
+        if not self.ended: raise still(self)
+        if self.status == "canceled": raise Interrupted(self.detail or f"Job {self.id} was canceled.", code="canceled", retryable=False)
+        raise _KINDS.get(self.data.get("kind"), ExecutionError)(self.detail or f"Job {self.id} failed without saying why.")
 
     @property
     def png(self) -> bytes | None:
-        "The bytes of the result's picture, `None` when it has none."
-        url = self.result.get("image_base64") if isinstance(self.result, dict) else None
-        if isinstance(url, str): return base64.b64decode(url.partition(",")[2])
-        pictures = [a["name"] for a in self.data.get("artifacts", ()) if a["contentType"].startswith("image/")]
-        return self._client.artifact(self.id, pictures[0]) if pictures else None
+        "The bytes of the result's first picture, `None` when there is none. Fetches it once."
+        if self._png is None and self.status == "completed":
+            inline = self.result.get("image_base64") if isinstance(self.result, dict) else None
+            names = [a["name"] for a in self.artifacts if str(a.get("contentType", "")).startswith("image/")]
+            if isinstance(inline, str): self._png = from_data_url(inline)
+            elif names: self._png = self._client.artifact(self.id, names[0])
+        return self._png
 
-    def _repr_png_(self) -> bytes | None: return self.png if self.status == "completed" else None
-    def __repr__(self) -> str:
-        why = f": {self.detail}" if self.detail else ""
-        return f"RemoteJob({self.tool} {self.status}{why})"
+def still(job: RemoteJob) -> Unavailable:
+    "The error for a job that hasn't ended."
+    why = f" ({job.data['waitingFor'].rstrip('.')})" if job.data.get("waitingFor") else ""
+    return Unavailable(f"Job {job.id} is still {job.status}{why}: wait longer, or cancel it.", code="wait_timeout")
 
-@dataclass(frozen=True)
-class Event:
-    "One event of a job: its kind, its data, and the id to go on from."
-    kind: str
-    data: dict[str, Any]
-    id: str | None = None
+def from_data_url(text: str) -> bytes:
+    "The bytes of a base64 data URL (RFC 2397), or of bare base64. Raises `Unprocessable`."
+    try: return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+    except ValueError: raise Unprocessable("The picture in the result is not proper base64.", code="bad_image") from None
 
-# %% ../nbs/12_client.ipynb #11e5b521
-class Client:
-    """A caller of the job API.
+# %% ../nbs/12_client.ipynb #65fa4e68
+class _beside:
+    "A context manager: a file that becomes `path` when the block ends well, and vanishes when it doesn't."
+    def __init__(self, path: Path) -> None: self.path, self.part = path, path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
+    def __enter__(self) -> Any:
+        try: self.file = self.part.open("xb")
+        except OSError as e: raise self._sorry(e) from None
+        return self.file
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            self.file.close()
+            if kind is None: os.replace(self.part, self.path)
+        except OSError as e: error = e
+        finally: self.part.unlink(missing_ok=True)
+        if isinstance(error, OSError): raise self._sorry(error) from None
+    def _sorry(self, e: OSError) -> InvalidSetting:
+        return InvalidSetting(f"{self.path} cannot be written ({e.strerror or e}): choose another place.", field="path")
 
-    Parameters
-    ----------
-    base: the server's address; `None` takes `STACK_API_BASE`. token: `None` takes `GPU_CLIENT_TOKEN`.
-
-    >>> Client().imagine("a lighthouse at dusk").save("lighthouse.png")
-    """
-    def __init__(self, base: str | None = None, token: str | None = None, settings: Mapping[str, Any] | None = None) -> None:
-        settings = Settings() if settings is None else settings
-        self.transport = Transport(base or settings["STACK_API_BASE"], settings["GPU_CLIENT_TOKEN"] if token is None else token)
-
-    def __repr__(self) -> str: return f"Client({self.transport.base})"
-    def _get(self, path: str, **options: Any) -> Any: return repeat(lambda: self.transport.call("GET", path, **options))
-    def _job(self, answer: Any) -> RemoteJob:
-        if not isinstance(answer, dict) or not isinstance(answer.get("job"), dict):
-            raise ConnectionFailed(f"{self.transport.base} sent no job: is it a colab-gpu server?", retryable=False)
-        return RemoteJob(self, answer["job"])
-
-    def submit(self, tool: str, payload: Mapping[str, Any] | None = None, *, key: str | None = None, **options: Any) -> RemoteJob:
-        """Submit a job.
-
-        Parameters
-        ----------
-        key: an idempotency key; `None` makes one, so that repeating after a lost answer is safe.
-        options: `priority`, `maxAttempts`, `queueTimeoutSeconds`, `runTimeoutSeconds`, `notBefore`, `requirements`; `None` is left out.
-
-        Raises `RequestError` and its kin for a bad request, `QueueFull`, `ConnectionFailed`.
-        """
-        body = {"tool": tool, "payload": dict(payload or {}), **{k: v for k, v in options.items() if v is not None}}
-        headers = {"Idempotency-Key": key or str(uuid.uuid4())}
-        return self._job(repeat(lambda: self.transport.call("POST", "/gpu-jobs", body=body, headers=headers)))
-
-    def post(self, path: str, body: Any) -> Any:
-        "Post `body` as it is and return the answer's JSON, once."
-        return self.transport.call("POST", path, body=body)
-
-    def job(self, job_id: str, *, inline: bool = True) -> RemoteJob:
-        "Look a job up; without `inline` its pictures are links. Raises `JobNotFound`."
-        return self._job(self._get(_path(job_id), params=None if inline else {"inline": 0}))
-
-    def jobs(self, status: str | None = None, tool: str | None = None, limit: int = 50, before: str | None = None) -> list[RemoteJob]:
-        "The newest jobs, at most `limit` (1…200), older than the job `before`."
-        params = {k: v for k, v in {"status": status, "tool": tool, "limit": limit, "before": before}.items() if v is not None}
-        return [RemoteJob(self, job) for job in self._get("/gpu-jobs", params=params)["jobs"]]
-
-    def wait(self, job_id: str, timeout_s: float | None = None, poll_s: float = 1.0) -> RemoteJob:
-        """Wait for a job to end and return it.
-
-        Parameters
-        ----------
-        timeout_s: seconds; `None` waits for ever. poll_s: pause between looks at a server that does not know `wait`.
-
-        Raises `Unavailable` (`wait_timeout`) when it has not ended by then. A server that restarts meanwhile is waited for.
-        """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            left = 50.0 if deadline is None else max(0.0, min(50.0, deadline - time.monotonic()))
-            asked = time.monotonic()
-            job = self._job(repeat(lambda: self.transport.call("GET", _path(job_id), params={"wait": round(left, 3)}, read_s=left + 15), 8))  # noqa: B023
-            if job.ended: return job
-            if deadline is not None and time.monotonic() >= deadline:
-                raise Unavailable(f"Job {job_id} is still {job.status} after {timeout_s:g} s.", code="wait_timeout")
-            # The reference's server does not know `wait` and answers at once.
-            if time.monotonic() - asked < min(left, poll_s): time.sleep(min(left, poll_s))
-
-    def cancel(self, job_id: str) -> RemoteJob:
-        "Cancel a queued job, or ask the worker of a running one to stop."
-        return self._job(repeat(lambda: self.transport.call("POST", _path(job_id) + "/cancel")))
-    def retry(self, job_id: str) -> RemoteJob:
-        "Submit a failed or canceled job again; the new job."
-        return self._job(self.transport.call("POST", _path(job_id) + "/retry"))
-    def workers(self) -> list[dict[str, Any]]:
-        "The workers that the server has seen lately."
-        return list(self._get("/workers")["workers"])
-    def health(self) -> dict[str, Any]:
-        "What the server says of itself."
-        return dict(self._get("/healthz"))
-
-    def artifact(self, job_id: str, name: str) -> bytes:
-        "The bytes of an artifact. Raises `NotFound`."
-        return bytes(repeat(lambda: self.transport.send("GET", f"{_path(job_id)}/artifacts/{quote(name, safe='')}")).content)
-
-    def download(self, job_id: str, name: str, path: str | os.PathLike[str]) -> Path:
-        "Stream an artifact to the file `path`, which appears whole or not at all. Raises `NotFound`, `Unprocessable`, `InvalidSetting`."
-        answer = self.transport.send("GET", f"{_path(job_id)}/artifacts/{quote(name, safe='')}", stream=True)
-        with answer: return _save_stream(answer.iter_content(262_144), Path(path), answer.headers.get("ETag", "").strip('"'))
-
-    def events(self, job_id: str) -> Iterator[Event]:
-        "Follow a job: events as they come, the last one `done`. A broken connection is taken up again where it stopped."
-        last: str | None = None
-        failures = 0
-        while True:
-            try:
-                headers = {"Accept": "text/event-stream", **({"Last-Event-ID": last} if last else {})}
-                answer = self.transport.send("GET", _path(job_id) + "/events", headers=headers, stream=True)
-                with answer:
-                    for event in parse_sse(answer.iter_lines()):
-                        last, failures = event.id or last, 0
-                        yield event
-                        if event.kind == "done": return
-                raise ConnectionFailed("The server ended the stream.")
-            except (ConnectionFailed, Unavailable, OSError, ValueError) as e:
-                failures += 1
-                if failures > 8 or not getattr(e, "retryable", True): raise
-                time.sleep(min(5.0, 0.25 * 2 ** failures) * (0.5 + random.random() / 2))
-
-    def imagine(self, prompt: str, *, timeout_s: float | None = None, **payload: Any) -> Picture:
-        """Draw `prompt` and wait for the picture. Further fields go into the payload.
-
-        Raises `ExecutionError` with the reason when there is none.
-        """
-        job = self.submit("imagenGenerate", {"prompt": prompt, **payload}).wait(timeout_s)
-        if job.status != "completed" or job.png is None: raise ExecutionError(job.detail or f"The job was {job.status}.")
-        return Picture(job.png, {k: v for k, v in job.result.items() if k != "image_base64"}, job)
-
-def _path(job_id: str) -> str: return f"/gpu-jobs/{quote(job_id, safe='')}"
-
-# %% ../nbs/12_client.ipynb #4e312c7f
-def parse_sse(lines: Iterator[bytes]) -> Iterator[Event]:
-    "Server-sent events from the lines of a stream (WHATWG HTML, section 9.2.6); comments are dropped."
-    data: list[str] = []
-    kind, event_id = "message", None
-    for raw in lines:
-        text = raw.decode("utf-8", "replace")
-        if not text:
-            if data: yield Event(kind, _object("\n".join(data)), event_id)
-            kind, data, event_id = "message", [], None
-            continue
-        name, _, value = text.partition(":")
-        value = value.removeprefix(" ")
-        if name == "event": kind = value
-        elif name == "data": data.append(value)
-        elif name == "id": event_id = value
-
-def _object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    return value if isinstance(value, dict) else {"value": value}
-
-def _save_stream(pieces: Iterator[bytes], path: Path, sha256: str) -> Path:
-    try: handle, name = tempfile.mkstemp(prefix=".download-", dir=path.parent)
-    except OSError as e: raise InvalidSetting(f"{path} cannot be written: {e.strerror}.", field="path") from None
-    found = hashlib.sha256()
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for piece in pieces:
-                found.update(piece)
-                file.write(piece)
-        if re.fullmatch(r"[0-9a-f]{64}", sha256) and found.hexdigest() != sha256:
-            raise Unprocessable("The file arrived damaged: download it again.", retryable=True)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return path
-
-# %% ../nbs/12_client.ipynb #9bb353b3
-@dataclass(frozen=True)
-class Picture:
+# %% ../nbs/12_client.ipynb #a53c2f66
+class Picture(NamedTuple):
     "A picture, what is known about it, and the job that made it. It shows itself in a notebook."
     png: bytes
     info: dict[str, Any]
     job: RemoteJob
+
     def save(self, path: str | os.PathLike[str]) -> Path:
-        "Write the picture to `path`."
-        target = Path(path)
-        target.write_bytes(self.png)
-        return target
-    def _repr_png_(self) -> bytes: return self.png
+        "Write the picture to `path`; it appears whole or not at all. Raises `InvalidSetting` when it cannot be written."
+        with _beside(Path(path)) as file: file.write(self.png)
+        return Path(path)
+    def _repr_png_(self) -> bytes | None: return self.png if self.png.startswith(b"\x89PNG") else None
     def __repr__(self) -> str: return f"Picture({self.info.get('width')}×{self.info.get('height')}, seed {self.info.get('seed')})"
+
+# %% ../nbs/12_client.ipynb #fe6de9f7
+class Event(NamedTuple):
+    "One thing that happened to a job: `state`, `progress`, `preview`, `token`, `log`, `gap`, or the last, `done`, with the job."
+    kind: str
+    data: Any
+    id: str | None = None
+
+def read_events(pieces: Iterator[bytes]) -> Iterator[Event]:
+    "The events in a stream of bytes, cut anywhere. Data that isn't JSON is passed over."
+    kind, data, event_id = "message", [], None  # type: ignore[var-annotated]
+    for line in _lines(pieces):
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if name == "event": kind = value
+        elif name == "data": data.append(value)
+        elif name == "id": event_id = value
+        elif not line:
+            if data:
+                try: yield Event(kind, json.loads("\n".join(data)), event_id)
+                except ValueError: pass
+            kind, data, event_id = "message", [], None
+
+def _lines(pieces: Iterator[bytes]) -> Iterator[str]:
+    "Whole lines, without their ends; what comes after the last line end is dropped."
+    rest: list[bytes] = []
+    for piece in pieces:
+        *whole, last = piece.split(b"\n")
+        if whole:
+            yield b"".join([*rest, whole[0]]).removesuffix(b"\r").decode("utf-8", "replace")
+            for line in whole[1:]: yield line.removesuffix(b"\r").decode("utf-8", "replace")
+            rest = []
+        if last: rest.append(last)
+
+# %% ../nbs/12_client.ipynb #b3dcf1f9
+class Client:
+    """A queue server, from the caller's side.
+
+    Parameters
+    ----------
+    base: the server's address; `None` takes the setting STACK_API_BASE. token: `None` takes GPU_CLIENT_TOKEN.
+    settings: where settings come from. transport: used instead of one made from address and token. clock, sleep: seconds.
+
+    Every method may raise `ConnectionFailed` (no proper answer), `RequestError` (refused, with what is wrong) or `Unavailable` (not now).
+
+    >>> Client("http://127.0.0.1:3001").imagine("a lighthouse at dusk").save("lighthouse.png")
+    """
+    def __init__(self, base: str | None = None, token: str | None = None, settings: Mapping[str, Any] | None = None, *,
+                 transport: Transport | None = None, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], Any] = time.sleep) -> None:
+        settings = Settings() if settings is None else settings
+        self.transport = transport or Transport(base or settings["STACK_API_BASE"], settings["GPU_CLIENT_TOKEN"] if token is None else token)
+        self._clock, self._sleep = clock, sleep
+
+    def __repr__(self) -> str: return f"Client({self.transport.base})"
+    def __enter__(self) -> Client: return self
+    def __exit__(self, *_: Any) -> None: self.close()
+    def close(self) -> None:
+        "Close the connections."
+        self.transport.close()
+
+    def _call(self, method: str, path: str, **options: Any) -> Any:
+        "A call that may be repeated; the answer's JSON."
+        return retrying(lambda: self.transport.call(method, path, **options), sleep=self._sleep)
+    def _job(self, body: Any) -> RemoteJob:
+        job = body.get("job") if isinstance(body, dict) else None
+        if isinstance(job, dict): return RemoteJob(self, job)
+        raise ConnectionFailed(f"{self.transport.base} did not answer with a job: is it a queue server?", retryable=False)
+
+    def submit(self, tool: str, payload: Mapping[str, Any] | None = None, *, key: str | None = None, **options: Any) -> RemoteJob:
+        """Queue a job.
+
+        Parameters
+        ----------
+        tool, payload: what to run, on what. key: an idempotency key: the same key and body give the same job; `None` takes a fresh one.
+        options: `priority` (`high`, `normal`, `low`), `maxAttempts` (1…100), `queueTimeoutSeconds`, `runTimeoutSeconds`, `notBefore` (a
+        `datetime`, or ms since the epoch), `requirements` (tags that the worker must have). `None` is left out.
+
+        Raises `InvalidPayload` naming the field, `QueueFull`, `IdempotencyConflict`.
+        """
+        refuse_unknown(options, OPTIONS)
+        if isinstance(options.get("notBefore"), datetime): options["notBefore"] = round(options["notBefore"].timestamp() * 1000)
+        body = {"tool": tool, "payload": dict(payload or {}), **{k: v for k, v in options.items() if v is not None}}
+        return self._job(self._call("POST", "/gpu-jobs", body=body, headers={"Idempotency-Key": key or str(uuid4())}))
+
+    def job(self, job_id: str, *, inline: bool = True) -> RemoteJob:
+        "Look a job up; without `inline` its picture is a link. Raises `JobNotFound`."
+        return self._job(self._call("GET", job_path(job_id), params=None if inline else {"inline": 0}))
+    def cancel(self, job_id: str) -> RemoteJob:
+        "Cancel a queued job, ask the worker of a leased one to stop; an ended one stays as it is. Raises `JobNotFound`."
+        return self._job(self._call("POST", job_path(job_id, "cancel")))
+    def retry(self, job_id: str) -> RemoteJob:
+        "Submit a failed or canceled job again, as a new job. Not repeated when the answer is lost. Raises `Conflict`, `JobNotFound`."
+        return self._job(self.transport.call("POST", job_path(job_id, "retry")))
+
+    def jobs(self, status: str | None = None, tool: str | None = None, limit: int = 50, before: str | None = None) -> list[RemoteJob]:
+        "List jobs, newest first; `before` is the id of the last one of the page before. Raises `InvalidPayload`."
+        params = {k: v for k, v in {"status": status, "tool": tool, "limit": limit, "before": before}.items() if v is not None}
+        return [RemoteJob(self, data) for data in self._call("GET", "/gpu-jobs", params=params)["jobs"]]
+    def workers(self) -> list[dict[str, Any]]:
+        "The workers that the server has seen lately: id, tools, models, accelerator, jobs."
+        return list(self._call("GET", "/workers")["workers"])
+    def health(self) -> dict[str, Any]:
+        "Whether the server lives, and its version; asked once."
+        return dict(self.transport.call("GET", "/healthz"))
+
+    def wait(self, job_id: str, timeout_s: float | None = None, outage_s: float = 120) -> RemoteJob:
+        "See `wait_for`."
+        return wait_for(self, job_id, timeout_s, outage_s)
+    def events(self, job_id: str, after: str | None = None, outage_s: float = 120) -> Iterator[Event]:
+        "See `follow`."
+        return follow(self, job_id, after, outage_s)
+
+    def artifact(self, job_id: str, name: str) -> bytes:
+        "The bytes of an artifact, checked against their digest. Raises `NotFound`, `Unprocessable`."
+        return retrying(lambda: b"".join(_pieces(self.transport, job_id, name)), sleep=self._sleep)
+    def download(self, job_id: str, name: str, path: str | os.PathLike[str]) -> Path:
+        "Write an artifact to the file `path`; it appears whole or not at all. Raises as `artifact`, and `InvalidSetting` when it cannot be written."
+        def once() -> None:
+            with _beside(Path(path)) as file:
+                for piece in _pieces(self.transport, job_id, name): file.write(piece)
+        retrying(once, sleep=self._sleep)
+        return Path(path)
+
+    def imagine(self, prompt: str, *, timeout_s: float | None = None, **payload: Any) -> Picture:
+        """Draw a picture and wait for it.
+
+        Parameters
+        ----------
+        payload: `negative_prompt`, `width`, `height`, `num_inference_steps`, `guidance_scale`, `seed`, `model`. timeout_s: longest wait, seconds.
+
+        Raises `InvalidPayload`, `ExecutionError`, and `Unavailable` (`wait_timeout`) when it took longer.
+        """
+        job = self.submit("imagenGenerate", {"prompt": prompt, **payload}).wait(timeout_s).check()
+        if job.png is None: raise ExecutionError("The job completed without a picture.")
+        return Picture(job.png, {k: v for k, v in (job.result or {}).items() if k != "image_base64"}, job)
+
+    def post(self, path: str, body: Any) -> Any:
+        "POST `body` (a value, or JSON text) to a path, once and as it is; the answer's JSON."
+        data = body.encode() if isinstance(body, str) else body if isinstance(body, bytes) else as_json(body)
+        return self.transport.call("POST", "/" + path.lstrip("/"), data=data, headers={"Content-Type": "application/json"})
+
+OPTIONS = ("priority", "maxAttempts", "queueTimeoutSeconds", "runTimeoutSeconds", "notBefore", "requirements", "webhook")
+
+def job_path(job_id: str, *more: str) -> str:
+    "The path of a job, or of something of it."
+    return "/".join(["/gpu-jobs", *(quote(str(part), safe="") for part in (job_id, *more))])
+
+# %% ../nbs/12_client.ipynb #d2d2693c
+def _pieces(transport: Transport, job_id: str, name: str, piece: int = 131_072) -> Iterator[bytes]:
+    "An artifact's bytes; raises `Unprocessable` after the last one when they are not what the server announced."
+    import requests
+    response = transport.send("GET", job_path(job_id, "artifacts", name), stream=True)
+    if "Content-Length" not in response.headers and "chunked" not in response.headers.get("Transfer-Encoding", ""):
+        raise ConnectionFailed(f"The answer of {transport.base} was cut off: try again.")
+    announced, sha256 = re.search(r"[0-9a-f]{64}", response.headers.get("ETag", "")), hashlib.sha256()
+    try:
+        for data in response.iter_content(piece):
+            sha256.update(data)
+            yield data
+    except requests.RequestException as e: raise unreachable(e, transport.base) from None
+    finally: response.close()
+    if announced and announced[0] != sha256.hexdigest():
+        raise Unprocessable(f"Artifact {name!r} of job {job_id} arrived damaged: fetch it again.")
+
+# %% ../nbs/12_client.ipynb #d2987579
+HOLD_S = 50.0
+
+def wait_for(client: Client, job_id: str, timeout_s: float | None = None, outage_s: float = 120) -> RemoteJob:
+    """Wait for a job's end; the job as it is then.
+
+    Parameters
+    ----------
+    timeout_s: `None` waits as long as it takes. outage_s: how long the server may be away, seconds.
+
+    Raises `Unavailable` (`wait_timeout`) when it hasn't ended by then, `JobNotFound`, `ConnectionFailed` when the server stays away.
+    """
+    clock, sleep = client._clock, client._sleep
+    deadline = None if timeout_s is None else clock() + timeout_s
+    patience, idle = _Patience(outage_s, clock, sleep), 0
+    while True:
+        began = clock()
+        hold = HOLD_S if deadline is None else min(HOLD_S, max(0.0, deadline - began))
+        try: body = client.transport.call("GET", job_path(job_id), params={"wait": f"{hold:.2f}"}, read_s=hold + 15)
+        except ColabGPUError as e:
+            patience.spend(e, deadline)
+            continue
+        patience.restore()
+        job = client._job(body)
+        left = None if deadline is None else deadline - clock()
+        if job.ended: return job
+        if left is not None and left <= 0: raise still(job)
+        if clock() - began < hold / 2:  # it doesn't hold requests, or it is about to stop
+            idle += 1
+            sleep(min(backoff_s(idle, 0.2, 2), left if left is not None else 2))
+
+class _Patience:
+    "How long a server may stay away: `spend` sleeps, or raises the error when it cannot pass or has lasted too long."
+    def __init__(self, outage_s: float, clock: Callable[[], float], sleep: Callable[[float], Any]) -> None:
+        self._outage_s, self._clock, self._sleep = outage_s, clock, sleep
+        self.restore()
+    def restore(self) -> None:
+        self._since: float | None = None
+        self._tries = 0
+    def spend(self, error: ColabGPUError, deadline: float | None = None) -> None:
+        now = self._clock()
+        if self._since is None: self._since = now
+        if not passes(error) or now - self._since > self._outage_s or (deadline is not None and now >= deadline): raise error
+        self._tries += 1
+        self._sleep(error.retry_after or backoff_s(self._tries))
+
+# %% ../nbs/12_client.ipynb #7195611f
+def follow(client: Client, job_id: str, after: str | None = None, outage_s: float = 120) -> Iterator[Event]:
+    """A job's events as they come, ending with `done`.
+
+    Parameters
+    ----------
+    after: the id of the last event seen before. outage_s: how long the server may be away, seconds.
+
+    Raises `JobNotFound`, and `ConnectionFailed` or `Unavailable` when the server stays away.
+    """
+    patience = _Patience(outage_s, client._clock, client._sleep)
+    while True:
+        try:
+            for event in _listen(client.transport, job_id, after):
+                patience.restore()
+                after = event.id or after
+                yield event
+                if event.kind == "done": return
+            raise ConnectionFailed(f"The events of job {job_id} broke off.")
+        except NotFound as e:
+            if e.code == "job_not_found": raise
+            yield from _poll(client, job_id, outage_s)
+            return
+        except ColabGPUError as e: patience.spend(e)
+
+def _listen(transport: Transport, job_id: str, after: str | None) -> Iterator[Event]:
+    "The events that one connection brings."
+    import requests
+    headers = {"Accept": "text/event-stream", **({"Last-Event-ID": after} if after else {})}
+    # The server says something every 15 s; three times that is silence.
+    response = transport.send("GET", job_path(job_id, "events"), headers=headers, read_s=45, stream=True)
+    try: yield from read_events(response.iter_content(None))
+    except requests.RequestException as e: raise unreachable(e, transport.base) from None
+    finally: response.close()
+
+def _poll(client: Client, job_id: str, outage_s: float) -> Iterator[Event]:
+    "The same from a server that has no events: a `state` whenever the status has changed."
+    status = None
+    while True:
+        try: job = client.wait(job_id, 1, outage_s)
+        except Unavailable as e:
+            if e.code != "wait_timeout": raise
+            job = client.job(job_id)
+        if job.status != status: yield Event("state", {k: v for k, v in job.data.items() if k != "result"})
+        status = job.status
+        if job.ended: return (yield Event("done", job.data))

@@ -341,7 +341,7 @@ class Response:
     __slots__ = ("body", "content_type", "headers", "status")
     def __init__(self, body: bytes | str = b"", status: int = 200, content_type: str = "application/json",
                  headers: Iterable[tuple[str, str]] = ()) -> None:
-        self.body = body.encode() if isinstance(body, str) else body
+        self.body = body.encode("utf-8", "replace") if isinstance(body, str) else body
         self.status, self.content_type, self.headers = status, content_type, list(headers)
     def __repr__(self) -> str: return f"Response({self.status}, {self.content_type}, {len(self.body)} bytes)"
 

@@ -357,6 +357,7 @@ class RunContext(Protocol):
     def progress(self, step: int, total: int, *, preview: bytes | None = None, preview_type: str = "image/jpeg",
                  phase: str = "running") -> None: "Report `step` of `total`, and perhaps a small picture of it."
     def log(self, text: str) -> None: "Say something to whoever watches the job."
+    def token(self, text: str) -> None: "Hand on a piece of text as it is written."
     def check(self) -> None: "Raise `Interrupted` when the job was canceled, the lease was lost or the worker stops."
     def artifact(self, name: str, data: bytes, content_type: str) -> None: "Hand over a file of the result."
 
@@ -375,6 +376,7 @@ class LocalContext:
     stop: Exception | None = None
     steps: list[tuple[int, int, str]] = field(default_factory=list)
     logs: list[str] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)
     artifacts: dict[str, tuple[bytes, str]] = field(default_factory=dict)
 
@@ -384,6 +386,7 @@ class LocalContext:
         if preview: self.previews.append(preview)
         if self.on_progress: self.on_progress(step, total)
     def log(self, text: str) -> None: self.logs.append(text)
+    def token(self, text: str) -> None: self.tokens.append(text)
     def check(self) -> None:
         if self.stop is not None: raise self.stop
     def artifact(self, name: str, data: bytes, content_type: str) -> None: self.artifacts[name] = (data, content_type)

@@ -293,7 +293,7 @@ async def last_line(app: App, job: Job) -> dict[str, Any]:
 
 def line(value: Any) -> bytes:
     "One line of NDJSON."
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 async def result_with_picture(app: App, job: Job) -> Any:
     "A job's result with its picture inline, where the reference's callers look for it."
@@ -384,7 +384,7 @@ async def sse(broker: Broker, job_id: str, after: str | None) -> AsyncIterator[b
     "A job's events in the format of server-sent events (WHATWG HTML, section 9.2)."
     async for event_id, kind, data in watch(broker, job_id, after):
         if kind == "ping": yield b": ping\n\n"
-        else: yield f"{f'id: {event_id}' + chr(10) if event_id else ''}event: {kind}\ndata: {data}\n\n".encode()
+        else: yield f"{f'id: {event_id}' + chr(10) if event_id else ''}event: {kind}\ndata: {data}\n\n".encode("utf-8", "replace")
 
 # %% ../nbs/08_server.ipynb #8cfa09ce
 def add_worker_routes(app: App) -> None:

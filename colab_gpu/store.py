@@ -5,7 +5,7 @@
 # %% ../nbs/03_store.ipynb #941b9707
 from __future__ import annotations
 import asyncio, copy, json, os, sqlite3, sys, threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -129,8 +129,7 @@ class _MemoryTx:
     def heads(self, lane: str, limit: int = 1) -> list[Job]:
         return sorted(self._where(lambda j: j.status == "queued" and j.ready and j.lane == lane), key=lambda j: (j.rank, j.seq))[:limit]
     def lanes(self) -> dict[str, int]:
-        ready = self._where(lambda j: j.status == "queued" and j.ready)
-        return {lane: sum(j.lane == lane for j in ready) for lane in {j.lane for j in ready}}
+        return dict(Counter(j.lane for j in self._where(lambda j: j.status == "queued" and j.ready)))
     def pending(self) -> int: return len(self._where(lambda j: j.status == "queued"))
     def counts(self) -> dict[str, int]:
         jobs = list(self._all())

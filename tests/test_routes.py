@@ -192,6 +192,28 @@ def test_artifacts_are_served_harmlessly(server):
     assert ask(server, "PUT", path + "/artifacts/late.txt", b"x", WORKER, **put)[1]["error"] == "job_ended"
 
 
+def test_half_characters_harm_nobody(server):
+    submit(server)
+    answer = ask(server, "GET", "/gpu-jobs/next", token=WORKER, X_Protocol="1", X_Worker_Instance="i")[1]
+    path, token = f"/gpu-jobs/{answer['job']['id']}", answer["lease"]["token"]
+    events = [{"seq": 1, "type": "token", "text": "\ud83d"}]
+    assert ask(server, "POST", path + "/heartbeat", {"leaseToken": token, "events": events, "accelerator": "\udc00"}, WORKER)[0] == 200
+    assert ask(server, "POST", path + "/complete", {"leaseToken": token, "status": "completed", "result": {"text": "a\ud83d"}}, WORKER)[0] == 200
+    assert ask(server, "GET", path)[1]["job"]["result"] == {"text": "a?"}
+    assert ask(server, "GET", "/workers")[0] == 200 and b'"text":"?"' in ask(server, "GET", path + "/events")[1]
+
+
+def test_a_second_attempt_is_heard(server):
+    submit(server)
+    for text in ("first", "second"):
+        answer = ask(server, "GET", "/gpu-jobs/next", token=WORKER, X_Protocol="1")[1]
+        path, token = f"/gpu-jobs/{answer['job']['id']}", answer["lease"]["token"]
+        ask(server, "POST", path + "/heartbeat", {"leaseToken": token, "events": [{"seq": 1, "type": "log", "text": text}]}, WORKER)
+        ask(server, "POST", path + "/release", {"leaseToken": token}, WORKER)
+    ask(server, "DELETE", path)
+    assert ask(server, "GET", path + "/events")[1].count(b"event: log") == 2
+
+
 def test_openapi_names_every_route(server):
     described = ask(server, "GET", "/openapi.json")[1]["paths"]
     assert {(m.upper(), p) for p, methods in described.items() for m in methods} == {(r.method, r.pattern) for r in server._thread and server.app.router.routes}
