@@ -638,9 +638,12 @@ def run_until_interrupted(worker: Worker, timeout_s: float = 30) -> bool:
     try:
         worker.start()
         if not _joined(worker): return True
-        worker.drain()
-        if worker.run is not None: worker.log("Finishing the job under way; interrupt again to hand it back.")
-        if _joined(worker): worker.stop(0, timeout_s)
+        try:
+            worker.drain()
+            if worker.run is not None: worker.log("Finishing the job under way; interrupt again to hand it back.")
+            again = _joined(worker)
+        except KeyboardInterrupt: again = True  # the second came while the first was dealt with
+        if again: worker.stop(0, timeout_s)
         return False
     finally:
         if in_front: signal.signal(signal.SIGTERM, before)
