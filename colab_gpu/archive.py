@@ -4,7 +4,7 @@
 
 # %% ../nbs/06_archive.ipynb #17fd9f26
 from __future__ import annotations
-import base64, binascii, hashlib, os, re, shutil, tempfile
+import base64, binascii, hashlib, os, re, shutil, tempfile, threading
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -182,17 +182,19 @@ def _cell(text: str, most: int = 120) -> str:
 
 # %% ../nbs/06_archive.ipynb #9cd22642
 class History:
-    "Writes down the jobs that ended. One thread at a time."
+    "Writes down the jobs that ended. What the last call wrote, and nobody has marked yet, is not written again."
     def __init__(self, archive: Archive) -> None:
-        self.archive = archive
+        self.archive, self._lock = archive, threading.Lock()
         self._known: set[str] | None = None
 
     def write(self, jobs: Iterable[Job]) -> None:
         "Append the rows of `jobs` and put their pictures into the image folder. Raises `Unavailable`."
-        path = self.archive.history
+        with self._lock: self._write(self.archive.history, list(jobs))
+
+    def _write(self, path: Path, jobs: list[Job]) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            known = self._tail(path) if self._known is None else set()
+            known = self._tail(path) if self._known is None else self._known
             rows = [history_row(job, self._picture(job)) for job in jobs if job.id not in known]
             with open(path, "a", encoding="utf-8") as file:
                 if file.tell() == 0: file.write(HISTORY_HEAD)
@@ -200,7 +202,7 @@ class History:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as e: raise _disk(e) from None
-        self._known = set()
+        self._known = {job.id for job in jobs}
 
     @staticmethod
     def _tail(path: Path, most: int = 1 << 20) -> set[str]:

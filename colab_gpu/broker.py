@@ -4,21 +4,23 @@
 
 # %% ../nbs/05_broker.ipynb #c850c5d8
 from __future__ import annotations
-import asyncio, json, math, random, secrets, threading, time
+import asyncio, json, logging, math, random, secrets, threading, time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from .errors import (ERROR_KINDS, RETRYABLE_KINDS, Conflict, IdempotencyConflict, InvalidPayload, JobEnded, JobNotFound,
+from .errors import (ERROR_KINDS, RETRYABLE_KINDS, ColabGPUError, Conflict, IdempotencyConflict, InvalidPayload, JobEnded, JobNotFound,
                               JobNotInProgress, LeaseLost, QueueFull, ResultConflict, Unprocessable)
 from .jobs import Job, JobSpec, batch_key, digest, job_dict, lane_parts, move, new_id
 from .store import Outcome, Reader, Store, Ticket, Tx
 
+log = logging.getLogger("colab_gpu.broker")
+
 # %% auto #0
-__all__ = ['EVENT_KINDS', 'T', 'Policy', 'At', 'submit', 'Ask', 'lease', 'check_claim', 'extend', 'finish', 'proper',
-           'add_artifact', 'fail', 'backoff_s', 'release', 'cancel', 'retry', 'reap', 'Waiters', 'Event', 'Channel',
-           'check_events', 'WorkerSeen', 'Roster', 'LoopTicket', 'Beat', 'Broker', 'lease_within', 'heartbeat',
-           'ended_within', 'watch', 'reap_forever', 'standing']
+__all__ = ['log', 'EVENT_KINDS', 'T', 'Policy', 'At', 'submit', 'Ask', 'lease', 'check_claim', 'extend', 'finish', 'add_artifact',
+           'fail', 'backoff_s', 'release', 'cancel', 'retry', 'reap', 'Waiters', 'Event', 'Channel', 'check_events',
+           'WorkerSeen', 'Roster', 'LoopTicket', 'Beat', 'Broker', 'lease_within', 'heartbeat', 'ended_within', 'watch',
+           'reap_forever', 'standing']
 
 # %% ../nbs/05_broker.ipynb #c69ce7f3
 @dataclass(frozen=True)
@@ -96,16 +98,21 @@ class Ask:
 # %% ../nbs/05_broker.ipynb #2dde3ef5
 def lease(tx: Tx, at: At, ask: Ask, servable: Callable[[str], bool] | None = None) -> list[Job]:
     "Grant up to `ask.most` jobs to one worker: the first by priority and age, and others that can share its batch. Empty when none is ready."
-    request = None if ask.request is None else f"{ask.worker}/{ask.instance}/{ask.request}"
+    request = None if ask.request is None else repr((ask.worker, ask.instance, ask.request))
     if request is not None and (held := tx.by_lease_request(request)): return held
     accept = servable or (lambda lane: True)
-    heads = [tx.heads(name)[0] for name in list(tx.lanes()) if ask.serves(name) and accept(name)]
-    if ask.standby_s is not None: heads = [j for j in heads if at.now_ms - (j.not_before_ms or j.enqueued_ms) >= ask.standby_s * 1000]
+    found = [_for(ask, at, tx.heads(name, 1 if ask.standby_s is None else 64)) for name in list(tx.lanes()) if ask.serves(name) and accept(name)]
+    heads = [jobs[0] for jobs in found if jobs]
     if not heads: return []
     head = min(heads, key=lambda j: (j.rank, j.seq))
-    jobs = [head] if ask.most == 1 else _batch_mates(tx, head, ask.most)
+    jobs = [head] if ask.most == 1 else _batch_mates(_for(ask, at, tx.heads(head.lane, 64)), head)[:ask.most]
     for job in jobs: _grant(tx, at, job, ask, request)
     return jobs
+
+def _for(ask: Ask, at: At, jobs: list[Job]) -> list[Job]:
+    "Those of `jobs` that have waited long enough for `ask`."
+    if ask.standby_s is None: return jobs
+    return [j for j in jobs if at.now_ms - (j.not_before_ms or j.enqueued_ms) >= ask.standby_s * 1000]
 
 def _grant(tx: Tx, at: At, job: Job, ask: Ask, request: str | None) -> None:
     job.status, job.ready = move(job.status, "lease"), False
@@ -123,11 +130,11 @@ def _renew(job: Job, at: At) -> None:
     job.lease_until_ms = until if job.run_deadline_ms is None else min(until, job.run_deadline_ms)
 
 # %% ../nbs/05_broker.ipynb #39f42986
-def _batch_mates(tx: Tx, head: Job, most: int, look: int = 64) -> list[Job]:
-    "`head` and the jobs behind it that can share its batch, among the first `look` of its lane."
+def _batch_mates(jobs: list[Job], head: Job) -> list[Job]:
+    "`head` and those of `jobs`, the first of its lane, that can share its batch."
     key = batch_key(head)
     if key is None: return [head]
-    return [j for j in tx.heads(head.lane, look) if j.id == head.id or (j.rank == head.rank and batch_key(j) == key)][:most]
+    return [j for j in jobs if j.id == head.id or (j.rank == head.rank and batch_key(j) == key)]
 
 # %% ../nbs/05_broker.ipynb #d7bb9c11
 def _claim(tx: Tx, job_id: str, token: str | None) -> Job:
@@ -173,21 +180,25 @@ def finish(tx: Tx, at: At, job_id: str, token: str | None, result: Any, names: I
     ----------
     names: artifacts that must have been uploaded under this lease. extra: artifacts that came inside the result.
 
-    Raises `Unprocessable` (`artifact_missing`), `ResultConflict`, `LeaseLost`, `JobNotInProgress`, `JobNotFound`.
+    Raises `Unprocessable` (`artifact_missing`), `InvalidPayload`, `ResultConflict`, `LeaseLost`, `JobNotInProgress`, `JobNotFound`.
     """
-    job = _claim(tx, job_id, token)
+    job, text = _claim(tx, job_id, token), _plain(result, "result")
     content = digest(["completed", result, sorted(names), [meta["sha256"] for meta in extra]])
     if _said_before(job, content): return job
     job.artifacts += tuple(dict(meta) for meta in extra)
     missing = set(names) - {a["name"] for a in job.artifacts}
     if missing:
         raise Unprocessable(f"Artifact {min(missing)!r} was not uploaded under this lease: PUT it, then complete.", code="artifact_missing")
-    job.result_json, job.detail, job.error_kind = proper(json.dumps(result, ensure_ascii=False)), None, None
+    job.result_json, job.detail, job.error_kind = text, None, None
     _end(tx, at, job, "complete", content)
     return job
 
-def proper(text: str) -> str:
-    "Text that UTF-8 can hold: halves of characters, which models make at times, become question marks."
+def _plain(value: Any, name: str) -> str:
+    "`value` as JSON text. Raises `InvalidPayload`: a number that overflowed would stick in every later answer."
+    try: text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise InvalidPayload(f"`{name}` must be plain JSON, without NaN or infinity.", field=name) from None
+    # Half of a character, which models make at times, is no reason to throw GPU time away: it becomes a question mark.
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 def _said_before(job: Job, content: str) -> bool:
@@ -252,10 +263,13 @@ def release(tx: Tx, at: At, job_id: str, token: str | None) -> Job:
     job = _claim(tx, job_id, token)
     if job.result_digest == "released": return job
     job = _live_claim(tx, job_id, token)
-    job.attempts -= 1
-    if job.cancel_requested and job.status == "leased": _end(tx, at, job, "cancel")
-    else: _requeue(tx, at, job, "released")
+    _hand_back(tx, at, job)
     return job
+
+def _hand_back(tx: Tx, at: At, job: Job) -> None:
+    job.attempts -= 1
+    if job.cancel_requested and job.status == "leased": _end(tx, at, job, "cancel", "released")
+    else: _requeue(tx, at, job, "released")
 
 # %% ../nbs/05_broker.ipynb #00af31a9
 def cancel(tx: Tx, at: At, job_id: str) -> Job:
@@ -307,14 +321,14 @@ def _expire(tx: Tx, at: At, job: Job) -> None:
 class Waiters:
     "Long-polling workers, and which of them a ready job wakes. Used on the event loop only."
     def __init__(self) -> None:
-        self._buckets: dict[tuple[Any, ...], OrderedDict[int, tuple[Ask, asyncio.Future[None]]]] = {}
+        self._buckets: dict[tuple[Any, ...], OrderedDict[int, tuple[Ask, asyncio.Future[str | None]]]] = {}
         self._ticket = 0
 
     def __len__(self) -> int: return sum(map(len, self._buckets.values()))
     @staticmethod
-    def _bucket(ask: Ask) -> tuple[Any, ...]: return (ask.tools, ask.tags, ask.standby_s is None)
+    def _bucket(ask: Ask) -> tuple[Any, ...]: return (ask.tools, ask.tags, ask.standby_s is None, ask.session_left_s is None)
 
-    def add(self, ask: Ask, future: asyncio.Future[None]) -> int:
+    def add(self, ask: Ask, future: asyncio.Future[str | None]) -> int:
         "Enter a waiter; returns its number, by which it leaves."
         self._ticket += 1
         self._buckets.setdefault(self._bucket(ask), OrderedDict())[self._ticket] = (ask, future)
@@ -325,18 +339,20 @@ class Waiters:
         bucket.pop(number, None)
         if not bucket: self._buckets.pop(self._bucket(ask), None)
 
-    def wake(self, lane: str) -> bool:
-        "Wake the longest-waiting worker that serves `lane`; false when there is none."
+    def wake(self, lane: str, lasts_s: float = 0) -> bool:
+        "Wake the longest-waiting worker that serves `lane`, whose jobs are expected to last `lasts_s` seconds; false when there is none."
         best: int | None = None
         for bucket in self._buckets.values():
-            number, (ask, _) = next(iter(bucket.items()))
-            if ask.standby_s is None and ask.serves(lane) and (best is None or number < best): best = number
+            ask, _ = next(iter(bucket.values()))
+            if ask.standby_s is not None or not ask.serves(lane): continue
+            number = next((n for n, (each, _) in bucket.items() if each.session_left_s is None or each.session_left_s >= lasts_s), None)
+            if number is not None and (best is None or number < best): best = number
         if best is None: return False
         for key, bucket in list(self._buckets.items()):
             if best in bucket:
                 ask, future = bucket.pop(best)
                 if not bucket: del self._buckets[key]
-                if not future.done(): future.set_result(None)
+                if not future.done(): future.set_result(lane)
         return True
 
     def wake_all(self) -> None:
@@ -346,7 +362,7 @@ class Waiters:
                 if not future.done(): future.set_result(None)
         self._buckets.clear()
 
-# %% ../nbs/05_broker.ipynb #e8dfbd35
+# %% ../nbs/05_broker.ipynb #cd16ac5e
 @dataclass(frozen=True, slots=True)
 class Event:
     "One thing that happened to a job: its number, its kind, its data as JSON text."
@@ -362,17 +378,21 @@ class Channel:
         self.events: deque[Event] = deque()
         self.watchers: set[asyncio.Event] = set()
         self.last_number, self._bytes, self._most, self._most_bytes = 0, 0, most, most_bytes
-        self.grant, self.last_seq = 0, -1
+        self.last_seq: tuple[int, int] = (0, -1)
+        self.lost_number = 0
         self.idle_since: float | None = None
 
     def publish(self, kind: str, data: Mapping[str, Any]) -> Event:
         self.last_number += 1
-        event = Event(self.last_number, kind, proper(json.dumps(data, ensure_ascii=False, separators=(",", ":"))))
+        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+        event = Event(self.last_number, kind, text if text.isascii() else text.encode("utf-8", "replace").decode())
         if kind == "preview":
             for old in [e for e in self.events if e.kind == "preview"]: self._forget(old)
         self.events.append(event)
         self._bytes += len(event.data)
-        while len(self.events) > self._most or (self._bytes > self._most_bytes and len(self.events) > 1): self._forget(self.events[0])
+        while len(self.events) > self._most or (self._bytes > self._most_bytes and len(self.events) > 1):
+            self.lost_number = self.events[0].number
+            self._forget(self.events[0])
         for watcher in self.watchers: watcher.set()
         return event
 
@@ -382,8 +402,7 @@ class Channel:
 
     def since(self, number: int) -> tuple[list[Event], bool]:
         "The events after `number`, and whether some between were forgotten."
-        found = [e for e in self.events if e.number > number]
-        return found, self.last_number - number > len(found)
+        return [e for e in self.events if e.number > number], number < self.lost_number
 
 # %% ../nbs/05_broker.ipynb #40932f4d
 def check_events(events: Any) -> list[tuple[int, str, dict[str, Any]]]:
@@ -396,6 +415,8 @@ def check_events(events: Any) -> list[tuple[int, str, dict[str, Any]]]:
                 or not isinstance(event.get("seq"), int):
             raise InvalidPayload(f"Each event needs a whole number `seq` and a `type`: one of {', '.join(EVENT_KINDS)}.", field="events")
         out.append((event["seq"], event["type"], {k: v for k, v in event.items() if k not in ("seq", "type")}))
+    try: json.dumps(events, allow_nan=False, ensure_ascii=False)
+    except (ValueError, RecursionError): raise InvalidPayload("`events` must be plain JSON, without NaN or infinity.", field="events") from None
     return out
 
 # %% ../nbs/05_broker.ipynb #a1bdc80b
@@ -536,7 +557,11 @@ class Broker:
         ticket = LoopTicket(loop=self._loop)
         ticket.undo = undo
         self.post(ticket, rule, *args)
-        result: T = await ticket
+        try: result: T = await ticket
+        except asyncio.CancelledError:
+            # Canceled between the ticket's landing and this coroutine's next turn: `land` saw somebody who still waited.
+            if undo is not None and ticket.done() and not ticket.cancelled() and ticket.exception() is None: undo(ticket.result())
+            raise
         return result
 
     def read(self, fn: Callable[[Reader], T]) -> T:
@@ -555,7 +580,7 @@ class Broker:
 
     def _land(self, outcomes: list[Outcome], changed: list[Job]) -> None:
         for job in changed:
-            if job.ready and self.waiters._buckets: self.waiters.wake(job.lane)
+            if job.ready and self.waiters._buckets: _wake(self, job.lane)
             if job.grants or job.ended: self._note(job)
         for ticket, result, error in outcomes: ticket.land(result, error)
 
@@ -573,7 +598,9 @@ class Broker:
         if channel is not None and not channel.watchers: channel.idle_since = self.clock()
         self.stats[job.status] += 1
         if job.status == "completed" and job.started_ms: self._keep_pace(job)
-        if self.on_end is not None: self.on_end(job)
+        if self.on_end is None: return
+        try: self.on_end(job)
+        except Exception: log.exception("on_end failed for job %s", job.id)
 
     def _keep_pace(self, job: Job) -> None:
         "Remember how long a tool's jobs take: a moving average, seconds."
@@ -585,27 +612,29 @@ async def lease_within(broker: Broker, ask: Ask, wait_s: float = 0, models: Iter
                        info: Mapping[str, Any] | None = None) -> list[Job]:
     "Grant jobs to `ask`, waiting up to `wait_s` seconds for one. Empty when there was none, or the worker should drain."
     worker = broker.roster.meet(ask, broker.now_ms(), models, info)
-    deadline = broker.clock() + wait_s
+    deadline, owed = broker.clock() + wait_s, set[str]()
     worker.waiting += 1
     try:
         while not worker.draining:
-            wake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            wake: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
             number = broker.waiters.add(ask, wake) if wait_s else 0
             try:
                 jobs = await broker.acall(lease, ask, _servable(broker, ask), undo=lambda jobs: _give_back(broker, jobs))
+                owed = owed - {job.lane for job in jobs} if jobs else set()
                 left = deadline - broker.clock()
                 if jobs or left <= 0 or broker.closing:
-                    if wake.done() and jobs: _pass_on(broker, jobs)
                     broker.stats["leased"] += len(jobs)
                     return jobs
                 # A standby worker's jobs become its own by the passing of time, which wakes nobody: look every second.
                 await asyncio.wait([wake], timeout=left if ask.standby_s is None else min(left, 1.0))
             finally:
+                if wake.done() and (lane := wake.result()): owed.add(lane)
                 if wait_s: broker.waiters.leave(ask, number)
         return []
     finally:
         worker.waiting -= 1
         worker.seen_ms = broker.now_ms()
+        for lane in owed: _wake(broker, lane)
 
 def _give_back(broker: Broker, jobs: list[Job]) -> None:
     "Release grants that nobody heard of."
@@ -616,12 +645,10 @@ def _give_back(broker: Broker, jobs: list[Job]) -> None:
 def _ungrant(tx: Tx, at: At, granted: Job) -> None:
     job = tx.get(granted.id)
     if job is None or job.status != "leased" or job.grants != granted.grants: return
-    job.attempts -= 1
-    _requeue(tx, at, job, "released")
+    _hand_back(tx, at, job)
 
-def _pass_on(broker: Broker, jobs: list[Job]) -> None:
-    lanes = broker.read(lambda r: r.lanes())
-    for name in lanes: broker.waiters.wake(name)
+def _wake(broker: Broker, lane: str) -> None:
+    broker.waiters.wake(lane, broker.pace.get(lane_parts(lane)[0], 0))
 
 def _servable(broker: Broker, ask: Ask) -> Callable[[str], bool] | None:
     "What this worker must leave alone: jobs longer than its session; as a standby, lanes that a regular worker serves."
@@ -640,14 +667,14 @@ async def heartbeat(broker: Broker, job_id: str, token: str | None, events: Any 
     job = await broker.acall(extend, job_id, token)
     worker = broker.roster.holder(job)
     if worker is not None:
-        worker.seen_ms, worker.jobs[job.id] = broker.now_ms(), job.lease_until_ms
+        worker.seen_ms = broker.now_ms()
+        if not broker.get(job_id).ended: worker.jobs[job.id] = job.lease_until_ms  # it may have ended in the same commit
         if info: worker.info.update(info)
     channel = _channel(broker, job_id) if checked else broker.channels.get(job_id)
     for seq, kind, data in checked:
-        # Each grant numbers its events anew: an attempt by another worker must not be silenced by the last one's numbers.
-        if channel is not None and (job.grants != channel.grant or seq > channel.last_seq):
+        if channel is not None and (job.grants, seq) > channel.last_seq:
             channel.publish(kind, data)
-            channel.grant, channel.last_seq = job.grants, seq
+            channel.last_seq = (job.grants, seq)
     return Beat(job.lease_s or 0, job.cancel_requested, bool(worker and worker.draining), len(channel.watchers) if channel else 0)
 
 def _channel(broker: Broker, job_id: str) -> Channel:
@@ -690,31 +717,41 @@ async def watch(broker: Broker, job_id: str, after: str | None = None, idle_s: f
     channel.watchers.add(wake)
     channel.idle_since = None
     try:
-        boot, _, number = (after or "").partition("-")
-        at = int(number) if boot == broker.boot and number.isdecimal() else 0
+        at = _resumed(broker, channel, after)
         if after and at == 0: yield None, "gap", "{}"
         yield None, "state", json.dumps(job_dict(job, with_payload=False), ensure_ascii=False)
         while True:
             wake.clear()
+            job = broker.get(job_id)  # before the events: those of a job that has ended are all there
             events, gap = channel.since(at)
             if gap and at: yield None, "gap", "{}"
-            for event in events: yield f"{broker.boot}-{event.number}", event.kind, event.data
-            at = channel.last_number
-            job = broker.get(job_id)
+            for event in events:
+                at = event.number  # what is published while the watcher takes this one comes next time
+                yield f"{broker.boot}-{at}", event.kind, event.data
             if job.ended or broker.closing: break
             try: await asyncio.wait_for(wake.wait(), idle_s)
             except TimeoutError: yield None, "ping", "{}"
-        if job.ended: yield f"{broker.boot}-{channel.last_number}", "done", json.dumps(job_dict(job), ensure_ascii=False)
+        if job.ended: yield f"{broker.boot}-{at}", "done", json.dumps(job_dict(job), ensure_ascii=False)
     finally:
         channel.watchers.discard(wake)
-        if not channel.watchers: channel.idle_since = broker.clock()
+        if not channel.watchers and job.ended: channel.idle_since = broker.clock()
+
+def _resumed(broker: Broker, channel: Channel, after: str | None) -> int:
+    "The number in the event id `after`; 0 if it isn't one that `channel` gave out."
+    boot, _, number = (after or "").partition("-")
+    known = boot == broker.boot and number.isdecimal() and len(number) < 16 and int(number) <= channel.last_number
+    return int(number) if known else 0
 
 # %% ../nbs/05_broker.ipynb #8889971d
 async def reap_forever(broker: Broker, every_s: float = 0.25) -> None:
     "Reap whatever is due, for as long as the task lives."
     while True:
-        due_ms = broker.read(lambda r: r.next_due_ms())
-        moved = await broker.acall(reap) if due_ms is not None and due_ms <= broker.now_ms() else 0
+        try:
+            due_ms = broker.read(lambda r: r.next_due_ms())
+            moved = await broker.acall(reap) if due_ms is not None and due_ms <= broker.now_ms() else 0
+        except ColabGPUError as e:
+            log.warning("due jobs wait: %s", e)
+            moved = 0
         broker.stats["requeued"] += moved
         if broker.channels: _sweep(broker, broker.clock())
         if not moved: await asyncio.sleep(every_s)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/03_store.ipynb #941b9707
 from __future__ import annotations
-import asyncio, copy, json, os, sqlite3, sys, threading
+import asyncio, copy, json, logging, os, sqlite3, sys, threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,9 +13,11 @@ from typing import Any, Protocol
 from .errors import ColabGPUError, InvalidSetting, Unavailable
 from .jobs import ENDED, PRIORITIES, STATUSES, Job
 
+log = logging.getLogger("colab_gpu.store")
+
 # %% auto #0
-__all__ = ['SCHEMA', 'SCHEMA_VERSION', 'Op', 'Outcome', 'Deliver', 'Batch', 'MAX_BATCH', 'Reader', 'Tx', 'Ticket', 'Store',
-           'land_all', 'MemoryStore', 'SQLiteTx', 'FolderLock', 'SQLiteStore']
+__all__ = ['log', 'SCHEMA', 'SCHEMA_VERSION', 'Op', 'Outcome', 'Deliver', 'Batch', 'MAX_BATCH', 'Reader', 'Tx', 'Ticket', 'Store',
+           'land_all', 'hand_over', 'MemoryStore', 'SQLiteTx', 'FolderLock', 'SQLiteStore']
 
 # %% ../nbs/03_store.ipynb #853ae5b6
 class Reader(Protocol):
@@ -74,6 +76,11 @@ def land_all(outcomes: list[tuple[Any, Any, BaseException | None]], changed: lis
     "Land every ticket; the default `deliver`."
     for ticket, result, error in outcomes: ticket.land(result, error)
 
+def hand_over(deliver: Callable[[list[Any], list[Job]], None], outcomes: list[Any], changed: list[Job]) -> None:
+    "Call `deliver`. What it raises is logged: the change is on disk already, and one listener's bug must not stop the writer."
+    try: deliver(outcomes, changed)
+    except Exception: log.exception("a commit was not delivered to everybody")
+
 # %% ../nbs/03_store.ipynb #e0c437df
 class MemoryStore:
     "A `Store` in a dictionary: nothing survives the process."
@@ -88,7 +95,7 @@ class MemoryStore:
             try: result, changed = op(tx), tx.changed
             except Exception as e: error = e
             else: self._jobs.update(tx.written); self._archived |= tx.newly_archived; self._seq = tx.seq
-        self.deliver([(ticket, result, error)], changed)
+            hand_over(self.deliver, [(ticket, result, error)], changed)  # under the lock, so that it happens in order
 
     def run(self, op: Callable[[Tx], Any]) -> Any:
         ticket = Ticket()
@@ -119,9 +126,12 @@ class _MemoryTx:
         job.seq = self.seq
         self.update(job)
     def update(self, job: Job) -> None:
-        self.extend(job)
+        job.ready = job.ready and job.status == "queued"
+        self.written[job.id] = copy.copy(job)
         self.changed.append(self.written[job.id])
-    def extend(self, job: Job) -> None: self.written[job.id] = copy.copy(job)
+    def extend(self, job: Job) -> None:
+        self.written[job.id] = copy.copy(self.written.get(job.id) or self._jobs[job.id])
+        self.written[job.id].lease_until_ms = job.lease_until_ms
 
     def get(self, job_id: str) -> Job | None: return next(iter(self._where(lambda j: j.id == job_id)), None)
     def by_key(self, key: str) -> Job | None: return next(iter(self._where(lambda j: j.idempotency_key == key)), None)
@@ -233,7 +243,7 @@ class _SQLiteReader:
     def listing(self, status: str | None, tool: str | None, limit: int, before: str | None) -> list[Job]:
         tests, args = ["1"], []
         if before: tests.append("j.seq < (SELECT seq FROM jobs WHERE id = ?)"); args.append(before)
-        if status: tests.append(_BY_STATUS[status])
+        if status: tests.append(_BY_STATUS.get(status, "0"))
         if tool: tests.append("j.tool = ?"); args.append(tool)
         # The unary plus makes the planner use the small index of waiting or running jobs instead of walking through history.
         order = "+j.seq" if status in ("queued", "leased") else "j.seq"
@@ -285,6 +295,7 @@ class _Inserts(_SQLiteReader):
         self.seq += 1
         self.writes += 1
         self._new.append(job)
+        self._before[job.seq] = (True, job.ready)
         self.changed.append(job)
         self.counts_.change(job.lane, 1, 1 if job.ready else 0)
 
@@ -293,8 +304,8 @@ class _Inserts(_SQLiteReader):
         new, self._new = self._new, []
         plain = []
         for job in new:
-            if job.ready and not job.requirements and not (job.idempotency_key or job.queue_deadline_ms or job.run_timeout_s or job.retry_of
-                                                          or job.not_before_ms): plain.append(job)
+            if job.ready and not job.requirements and job.idempotency_key is None and job.queue_deadline_ms is None \
+                    and job.run_timeout_s is None and job.retry_of is None and job.not_before_ms is None: plain.append(job)
             else:
                 self.db.execute(_INSERT_WIDE, (job.seq, job.id, job.tool, job.lane, job.rank, job.enqueued_ms, job.max_attempts, job.ready,
                                                job.not_before_ms, job.queue_deadline_ms, job.run_timeout_s, _json_or_none(job.requirements),
@@ -322,7 +333,7 @@ class _Updates(_Inserts):
 
     def update(self, job: Job) -> None:
         if self._new: self.flush()
-        was_queued, was_ready = self._before.get(job.seq, (True, True))
+        was_queued, was_ready = self._before[job.seq]
         queued = job.status == "queued"
         job.ready = ready = job.ready and queued
         values = [getattr(job, name) for name in _MUTABLE]
@@ -367,7 +378,8 @@ class SQLiteTx(_Updates):
 class FolderLock:
     "Exclusive use of a file by one process, for as long as this object is open. Raises `InvalidSetting` when it is taken."
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "a+b")  # noqa: SIM115
+        try: self._file = open(path, "a+b")  # noqa: SIM115
+        except OSError as e: raise InvalidSetting(f"{path} cannot be written: {e.strerror}.", field="COLAB_GPU_DATA") from None
         try:
             if sys.platform == "win32":
                 import msvcrt
@@ -384,22 +396,29 @@ class FolderLock:
 
 # %% ../nbs/03_store.ipynb #59d161bf
 def _open_database(path: Path) -> sqlite3.Connection:
+    "A connection to the job store at `path`, whose tables are made if it is new. Raises `InvalidSetting`, `sqlite3.Error`."
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
     try:
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
+        new = _is_new(db, path)
         # FULL: a commit returns after its bytes were synced. WAL: readers never wait, and a log that stays at 4 MB is soon
         # overwritten instead of growing: syncing a file that does not grow takes a third of the time (measured on ext4).
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=1000", "busy_timeout=5000", "cache_size=-16000"):
             db.execute(f"PRAGMA {pragma}")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                raise InvalidSetting(f"{path} is a database of another program: give another --data folder.", field="COLAB_GPU_DATA")
-            db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-    except sqlite3.Error as e:
-        raise InvalidSetting(f"{path} cannot be used as the job store: {e}.", field="COLAB_GPU_DATA") from None
+        if new: db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+def _is_new(db: sqlite3.Connection, path: Path) -> bool:
+    "Whether the database is empty; false for one of ours. Raises `InvalidSetting` for any other."
+    version, names = db.execute("PRAGMA user_version").fetchone()[0], {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
+    if not names and version == 0: return True
+    if not version or not {"jobs", "bodies", "jobs_ready"} <= names:
+        raise InvalidSetting(f"{path} is a database of another program: give another --data folder.", field="COLAB_GPU_DATA")
     if version > SCHEMA_VERSION:
         raise InvalidSetting(f"{path} was written by a newer colab-gpu: upgrade this one.", field="COLAB_GPU_DATA")
-    return db
+    return False
 
 # %% ../nbs/03_store.ipynb #2f02c387
 Op = Callable[[Tx], Any]
@@ -411,18 +430,22 @@ MAX_BATCH = 256
 class _Committer:
     "The writer's connection, and what it knows without asking: the counts and the next `seq`."
     def __init__(self, db: sqlite3.Connection) -> None:
-        self.db = db
+        self.db, self._sure = db, False
         self._recount()
 
     def _recount(self) -> None:
+        "Ask the database for what is otherwise known; undoes first what a failed rollback left behind."
+        if self.db.in_transaction: self.db.execute("ROLLBACK")
         self.counts = _Counts(_SQLiteReader(self.db))
         self.next_seq = self.db.execute("SELECT coalesce(max(seq), 0) + 1 FROM jobs").fetchone()[0]
+        self._sure = True
 
     def begin(self, batch: Batch) -> tuple[list[Outcome], list[Job], bool]:
         "Run `batch` in one transaction and leave it open; the outcomes, the changes, and whether anything was written. Raises after undoing all."
         outcomes: list[Outcome] = []
-        tx = SQLiteTx(self.db, self.next_seq, self.counts)
         try:
+            if not self._sure: self._recount()
+            tx = SQLiteTx(self.db, self.next_seq, self.counts)
             self.db.execute("BEGIN IMMEDIATE")
             for op, ticket in batch:
                 writes = tx.writes
@@ -439,8 +462,11 @@ class _Committer:
 
     def commit(self) -> None: self.db.execute("COMMIT")
     def rollback(self) -> None:
-        if self.db.in_transaction: self.db.execute("ROLLBACK")
-        self._recount()
+        "Undo what is open. On a disk that fails even that may fail: `begin` then tries again, and counts anew in any case."
+        self._sure = False
+        try:
+            if self.db.in_transaction: self.db.execute("ROLLBACK")
+        except sqlite3.Error: log.exception("the transaction cannot be rolled back yet")
 
     def apart(self, batch: Batch, deliver: Deliver) -> None:
         "Run each op of a batch in a transaction of its own; what it raises is its outcome."
@@ -453,10 +479,10 @@ class _Committer:
                 outcomes, changed = [(ticket, None, _translated(e))], []
             deliver(outcomes, changed)
 
-def _translated(e: BaseException) -> BaseException:
+def _translated(e: BaseException, verb: str = "write") -> BaseException:
     if not isinstance(e, sqlite3.Error): return e
     full = "full" in str(e)
-    return Unavailable(f"The job store cannot write: {e}." + (" Free some disk space, then try again." if full else ""), code="storage_unavailable")
+    return Unavailable(f"The job store cannot {verb}: {e}." + (" Free some disk space, then try again." if full else ""), code="storage_unavailable")
 
 # %% ../nbs/03_store.ipynb #5045e860
 class _ThreadDriver:
@@ -465,7 +491,11 @@ class _ThreadDriver:
         self._committer, self._deliver = committer, deliver
         self._queue: SimpleQueue[tuple[Op, Any] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="store-writer", daemon=True)
+
+    def start(self) -> _ThreadDriver:
+        "Begin to work; what was posted before waits for it."
         self._thread.start()
+        return self
 
     def post(self, op: Op, ticket: Any) -> None: self._queue.put((op, ticket))
 
@@ -505,14 +535,16 @@ class _LoopDriver:
         self._waiting: deque[tuple[Op, Any]] = deque()
         self._done: deque[tuple[list[Outcome], list[Job]]] = deque()
         self.busy = False
+        self.successor: _ThreadDriver | None = None
         self._commits: SimpleQueue[tuple[Batch, list[Outcome], list[Job]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._commit, name="store-commit", daemon=True)
         self._thread.start()
 
     def post(self, op: Op, ticket: Any) -> None:
-        if threading.get_ident() != self._home:
+        if not self.is_home():
             self._loop.call_soon_threadsafe(self.post, op, ticket)
             return
+        if self.successor is not None: return self.successor.post(op, ticket)
         self._waiting.append((op, ticket))
         if not self.busy:
             self.busy = True
@@ -528,12 +560,12 @@ class _LoopDriver:
         if not batch:
             self.busy = False
             return
-        try: outcomes, changed, wrote = self._committer.begin(batch)
-        except Exception: self._committer.apart(batch, self._keep)
-        else:
+        try:
+            outcomes, changed, wrote = self._committer.begin(batch)
             if wrote: return self._commits.put((batch, outcomes, changed))
             self._committer.commit()
-            self._keep(outcomes, changed)
+        except Exception: self._committer.apart(batch, self._keep)
+        else: self._keep(outcomes, changed)
         self._loop.call_soon(self._turn)
 
     def _keep(self, outcomes: list[Outcome], changed: list[Job]) -> None: self._done.append((outcomes, changed))
@@ -544,7 +576,7 @@ class _LoopDriver:
         while (item := self._commits.get()) is not None:
             failed = False
             try: self._committer.commit()
-            except sqlite3.Error: failed = True
+            except Exception: failed = True
             self._loop.call_soon_threadsafe(self._landed, *item, failed)
 
     def _landed(self, batch: Batch, outcomes: list[Outcome], changed: list[Job], failed: bool) -> None:
@@ -554,6 +586,10 @@ class _LoopDriver:
             self._committer.apart(batch, self._keep)
         else: self._keep(outcomes, changed)
         self._turn()
+
+    def is_home(self) -> bool:
+        "Whether the caller is on the loop's thread."
+        return threading.get_ident() == self._home
 
     def close(self) -> None:
         "End the thread; nothing may be under way."
@@ -577,45 +613,56 @@ class SQLiteStore:
             raise InvalidSetting(f"The data folder {self.path.parent} cannot be made: {e.strerror}.", field="COLAB_GPU_DATA") from None
         self._lock = FolderLock(self.path.with_suffix(".lock"))
         try: self._committer, self._read_db = _Committer(_open_database(self.path)), _open_database(self.path)
-        except InvalidSetting:
+        except (InvalidSetting, sqlite3.Error) as e:
             self._lock.close()
-            raise
+            if isinstance(e, InvalidSetting): raise
+            raise InvalidSetting(f"{self.path} cannot be used as the job store: {e}.", field="COLAB_GPU_DATA") from None
         self._reader, self._read_lock = _SQLiteReader(self._read_db), threading.Lock()
-        self._closed = False
+        self._closed, self._gate = False, threading.Lock()  # the gate: nothing is posted to a driver that has been closed
         self.deliver: Deliver = land_all
-        self._driver: _ThreadDriver | _LoopDriver = _ThreadDriver(self._committer, self._hand_over)
+        self._driver: _ThreadDriver | _LoopDriver = _ThreadDriver(self._committer, self._hand_over).start()
 
-    def _hand_over(self, outcomes: list[Outcome], changed: list[Job]) -> None: self.deliver(outcomes, changed)
+    def _hand_over(self, outcomes: list[Outcome], changed: list[Job]) -> None: hand_over(self.deliver, outcomes, changed)
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         "From now on, work on `loop`; call it there."
-        self._driver.close()
-        self._driver = _LoopDriver(self._committer, self._hand_over, loop)
+        before, after = self._driver, _LoopDriver(self._committer, self._hand_over, loop)
+        with self._gate: self._driver = after
+        before.close()  # before `loop`, which is busy here, can run anything
 
     async def detach(self) -> None:
         "Finish what was posted on the loop, and work in a thread again."
-        while isinstance(self._driver, _LoopDriver) and self._driver.busy: await asyncio.sleep(0.001)
-        self._driver.close()
-        self._driver = _ThreadDriver(self._committer, self._hand_over)
+        before, after = self._driver, _ThreadDriver(self._committer, self._hand_over)
+        if not isinstance(before, _LoopDriver): return
+        before.successor = after
+        with self._gate: self._driver = after
+        while before.busy: await asyncio.sleep(0.001)
+        before.close()
+        after.start()
 
     def post(self, op: Op, ticket: Any) -> None:
-        if self._closed: raise Unavailable("The job store is closed.")
-        self._driver.post(op, ticket)
+        with self._gate:
+            if self._closed: raise Unavailable("The job store is closed.")
+            self._driver.post(op, ticket)
 
     def run(self, op: Op) -> Any:
+        if isinstance(self._driver, _LoopDriver) and self._driver.is_home():
+            raise RuntimeError("`run` would wait on the event loop for itself: post, and await the ticket.")
         ticket = Ticket()
         self.post(op, ticket)
         return ticket.wait()
 
     def read(self, fn: Callable[[Reader], Any]) -> Any:
         with self._read_lock:
+            if self._closed: raise Unavailable("The job store is closed.")
             try: return fn(self._reader)
-            except sqlite3.Error as e: raise _translated(e) from e
+            except sqlite3.Error as e: raise _translated(e, "read") from e
 
     def close(self) -> None:
-        if self._closed: return
-        self._closed = True
+        with self._gate:
+            if self._closed: return
+            self._closed = True
         self._driver.close()
-        self._read_db.close()
+        with self._read_lock: self._read_db.close()
         self._committer.db.close()
         self._lock.close()
