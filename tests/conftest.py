@@ -10,6 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# In continuous integration the same examples each time; at home new ones, which may find something new.
+settings.register_profile("repeatable", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "worker-token-for-tests"
