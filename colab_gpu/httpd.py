@@ -4,7 +4,7 @@
 
 # %% ../nbs/07_httpd.ipynb #532b8fa9
 from __future__ import annotations
-import asyncio, email.utils, inspect, json, logging, os, re, threading, time
+import asyncio, email.utils, inspect, json, logging, math, os, re, threading, time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from .errors import ColabGPUError, NotFound, PayloadTooLarge, RequestError, Unav
 log = logging.getLogger("colab_gpu.httpd")
 
 # %% auto #0
-__all__ = ['log', 'Handler', 'Limits', 'HTTPError', 'Disconnected', 'Head', 'parse_fields', 'parse_target', 'decode_part', 'Body',
-           'ChunkParser', 'Request', 'is_json', 'parse_json', 'Response', 'StreamResponse', 'Later', 'json_response',
-           'error_response', 'render_head', 'file_response', 'not_modified', 'Route', 'Router', 'Connection',
-           'HTTPServer', 'ServerThread', 'serve_in_thread']
+__all__ = ['log', 'Handler', 'Limits', 'HTTPError', 'Disconnected', 'Head', 'parse_fields', 'parse_target', 'check_target',
+           'parse_query', 'decode_part', 'Body', 'ChunkParser', 'Request', 'is_json', 'parse_json', 'Response',
+           'StreamResponse', 'Later', 'json_response', 'error_response', 'render_head', 'file_response', 'not_modified',
+           'Route', 'Router', 'Connection', 'HTTPServer', 'ServerThread', 'serve_in_thread']
 
 # %% ../nbs/07_httpd.ipynb #a9dfe73a
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Limits:
     grace_s: float = 10
 
 class HTTPError(RequestError):
-    "A request that breaks the grammar or the limits of HTTP: it has a status of its own, and ends its connection."
-    def __init__(self, status: int, message: str, code: str = "bad_request") -> None:
+    "A request that breaks the grammar or the limits of HTTP: it has a status of its own, and `headers` for its answer."
+    def __init__(self, status: int, message: str, code: str = "bad_request", headers: Iterable[tuple[str, str]] = ()) -> None:
         super().__init__(message, code=code)
-        self.status = status  # type: ignore[misc]
+        self.status, self.headers = status, tuple(headers)  # type: ignore[misc]
 
 class Disconnected(ColabGPUError):
     "The peer went away."
@@ -58,14 +58,15 @@ class Disconnected(ColabGPUError):
 # %% ../nbs/07_httpd.ipynb #ef1a3fbd
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/(\d)\.(\d)\r\n")
-_FIELD = re.compile(rb"(" + _TOKEN + rb"):[ \t]*((?:[\x21-\x7e\x80-\xff](?:[\x20-\x7e\x80-\xff\t]*[\x21-\x7e\x80-\xff])?)?)[ \t]*\r\n")
+_FIELD = re.compile(rb"(" + _TOKEN + rb"):[ \t]*+((?:[\x21-\x7e\x80-\xff](?:[\x20-\x7e\x80-\xff\t]*[\x21-\x7e\x80-\xff])?)?)[ \t]*\r\n")
+_HOST = re.compile(r"[A-Za-z0-9\-._~%!$&'()*+,;=:\[\]]*")
 _SINGLE = frozenset({"host", "content-length", "content-type", "authorization", "transfer-encoding", "expect", "x-lease-token",
                      "idempotency-key", "x-content-sha256", "origin", "range", "x-worker-instance", "lease-request-id"})
 
 @dataclass(frozen=True, slots=True)
 class Head:
     "The fields of a request, parsed: lower-case names to values, and what they say about body and connection."
-    headers: dict[str, str]
+    headers: Mapping[str, str]
     length: int
     chunked: bool
     close: bool
@@ -103,6 +104,7 @@ def _framing(headers: dict[str, str], version: int) -> Head:
         if not (text.isascii() and text.isdigit() and len(text) <= 18): raise HTTPError(400, "Content-Length must be a plain number.")
         length = int(text)
     if version == 1 and "host" not in headers: raise HTTPError(400, "The Host header is missing.")
+    if not _HOST.fullmatch(headers.get("host", "")): raise HTTPError(400, "The Host header is not a host.")
     expect = headers.get("expect", "").lower()
     if expect and expect != "100-continue": raise HTTPError(417, "The only expectation met here is 100-continue.", "expectation_failed")
     tokens = {t.strip().lower() for t in headers.get("connection", "").split(",")}
@@ -121,6 +123,8 @@ class _HeadCache:
                 self._heads[key] = head
         return head
 
+_ABSOLUTE = re.compile(r"(?i:https?)://([^/?@]+)((?:[/?].*)?)")
+
 @lru_cache(maxsize=1024)
 def parse_target(target: bytes) -> tuple[str, str]:
     """The raw path and the raw query of a request target: origin-form, absolute-form (`http://…`), or `*`.
@@ -129,14 +133,28 @@ def parse_target(target: bytes) -> tuple[str, str]:
     """
     text = target.decode("ascii")
     if "#" in text: raise HTTPError(400, "The address has a fragment.")
-    if text[:7].lower() == "http://" or text[:8].lower() == "https://":
-        rest = text.split("://", 1)[1]
-        cut = min((i for i in (rest.find("/"), rest.find("?")) if i >= 0), default=len(rest))
-        if not rest[:cut]: raise HTTPError(400, "The address has no host.")
-        text = rest[cut:] if rest[cut:].startswith("/") else "/" + rest[cut:]
+    if whole := _ABSOLUTE.fullmatch(text): text = whole[2] if whole[2].startswith("/") else "/" + whole[2]
     path, _, query = text.partition("?")
-    if not path.startswith("/") and path != "*": raise HTTPError(400, "The address must begin with a slash.")
+    if not path.startswith("/") and text != "*": raise HTTPError(400, "The address must begin with a slash.")
     return path, query
+
+def check_target(method: str, target: bytes, host: str | None) -> None:
+    "Raise `HTTPError` for `*` without OPTIONS, or when an absolute target and the Host header name two hosts."
+    if target == b"*" and method != "OPTIONS": raise HTTPError(400, "The address must begin with a slash.")
+    whole = _ABSOLUTE.fullmatch(target.decode("ascii"))
+    if whole and host is not None and whole[1].lower() != host.lower(): raise HTTPError(400, "The address and the Host header differ.")
+
+def parse_query(text: str) -> dict[str, str]:
+    "The names and values of a query; blank values are kept. Raises `RequestError` for a name that is there twice."
+    if not text: return {}
+    decode_part(text)
+    try: pairs = parse_qsl(text, keep_blank_values=True, max_num_fields=100)
+    except ValueError: raise RequestError("The query has more than 100 fields.") from None
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        name = next(name for i, (name, _) in enumerate(pairs) if any(name == other for other, _ in pairs[:i]))
+        raise RequestError(f"`{name[:100]}` is in the query twice.", field=name[:100])
+    return found
 
 def decode_part(text: str) -> str:
     "Undo percent-encoding. Raises `HTTPError` for a broken escape, bytes that aren't UTF-8, and control characters."
@@ -205,67 +223,75 @@ class ChunkParser:
     "Takes the bytes of a chunked body and hands on the data. Source: RFC 9112 section 7.1."
     __slots__ = ("_buffer", "_left", "_need_crlf", "_trailer", "done", "rest")
     _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+    _SIZE_BEGUN = re.compile(rb"[0-9A-Fa-f]{0,15}|[0-9A-Fa-f]{1,15}(?:[ \t]*|[ \t]*;[\t\x20-\x7e\x80-\xff]*)\r?")
 
     def __init__(self) -> None:
         self._buffer, self._left, self._need_crlf, self._trailer, self.done, self.rest = b"", 0, False, -1, False, b""
 
-    def feed(self, data: bytes) -> list[bytes]:
-        "The data that `data` brings; `done` is set at the end, and `rest` holds what came after. Raises `HTTPError`."
-        buffer, out = self._buffer + data if self._buffer else data, []
+    def feed(self, data: bytes) -> bytes:
+        "The body's bytes that `data` brings; `done` is set at the end, and `rest` holds what came after. Raises `HTTPError`."
+        buffer, at, out = self._buffer + data if self._buffer else data, 0, []
         while not self.done:
             if self._left:
-                piece = buffer[:self._left]
+                piece = buffer[at:at + self._left]
                 if not piece: break
                 out.append(piece)
-                buffer, self._left = buffer[len(piece):], self._left - len(piece)
+                at, self._left = at + len(piece), self._left - len(piece)
                 if self._left: break
                 self._need_crlf = True
             if self._need_crlf:
-                if len(buffer) < 2 and b"\r\n".startswith(buffer): break
-                if buffer[:2] != b"\r\n": raise HTTPError(400, "A chunk does not end where it said.")
-                buffer, self._need_crlf = buffer[2:], False
-            taken = self._trailers(buffer) if self._trailer >= 0 else self._size(buffer)
+                end = buffer[at:at + 2]
+                if not b"\r\n".startswith(end): raise HTTPError(400, "A chunk does not end where it said.")
+                if len(end) < 2: break
+                at, self._need_crlf = at + 2, False
+            taken = self._trailers(buffer, at) if self._trailer >= 0 else self._size(buffer, at)
             if taken == 0: break
-            buffer = buffer[taken:]
-        self._buffer, self.rest = (b"", buffer) if self.done else (buffer, b"")
-        return out
+            at += taken
+        self._buffer, self.rest = (b"", buffer[at:]) if self.done else (buffer[at:], b"")
+        return out[0] if len(out) == 1 else b"".join(out)
 
-    def _size(self, buffer: bytes) -> int:
-        end = buffer.find(b"\n", 0, 4096)
+    def _size(self, buffer: bytes, at: int) -> int:
+        "Read one line with a size; how long it was, 0 when it isn't whole."
+        end = buffer.find(b"\n", at, at + 4096)
         if end < 0:
-            if len(buffer) >= 4096 or not re.fullmatch(rb"[0-9A-Fa-f]{0,15}(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*|[ \t]*)\r?", buffer):
-                raise HTTPError(400, "A chunk size is malformed.")
+            if len(buffer) - at >= 4096 or not self._SIZE_BEGUN.fullmatch(buffer, at): raise HTTPError(400, "A chunk size is malformed.")
             return 0
-        match = self._SIZE.fullmatch(buffer, 0, end + 1)
+        match = self._SIZE.fullmatch(buffer, at, end + 1)
         if match is None: raise HTTPError(400, "A chunk size is malformed.")
         self._left = int(match[1], 16)
         if self._left == 0: self._trailer = 0
-        return end + 1
+        return end + 1 - at
 
-    def _trailers(self, buffer: bytes) -> int:
+    def _trailers(self, buffer: bytes, at: int) -> int:
         "Read and drop one trailer line; the empty one is the end."
-        end = buffer.find(b"\n", 0, 8192)
-        self._trailer += end + 1
-        if (end < 0 and len(buffer) >= 8192) or self._trailer > 32768: raise HTTPError(431, "The trailers are too long.", "headers_too_large")
-        if end < 0: return 0
-        if buffer[:end + 1] == b"\r\n": self.done = True
-        elif _FIELD.fullmatch(buffer, 0, end + 1) is None: raise HTTPError(400, "A trailer line is malformed.")
-        return end + 1
+        end = buffer.find(b"\n", at, at + 8192)
+        if end < 0:
+            if len(buffer) - at >= 8192: raise HTTPError(431, "The trailers are too long.", "headers_too_large")
+            return 0
+        self._trailer += end + 1 - at
+        if self._trailer > 32768: raise HTTPError(431, "The trailers are too long.", "headers_too_large")
+        if buffer[at:end + 1] == b"\r\n": self.done = True
+        elif _FIELD.fullmatch(buffer, at, end + 1) is None: raise HTTPError(400, "A trailer line is malformed.")
+        return end + 1 - at
 
 # %% ../nbs/07_httpd.ipynb #b83a4124
 class Request:
     """One request, as its handler sees it.
 
     Attributes: `method`, `target` (raw), `path` (raw, undecoded), `headers` (lower-case names), `params` (from the route, decoded), `peer`
-    (the socket's other end, or `None`), `length` (of the body in bytes; `None` when chunked), `state` (a place for hooks).
+    (the socket's other end, or `None`), `length` (of the body in bytes; `None` when chunked), `closing` (an event that is set when the server
+    stops), `state` (a place for hooks). `body_bytes` is what `read` and `json` take unless told otherwise.
     """
-    __slots__ = ("_query", "body", "closing", "head", "headers", "method", "params", "path", "peer", "query_text", "received", "state", "target")
+    __slots__ = ("_query", "body", "body_bytes", "closing", "head", "headers", "method", "params", "path", "peer", "query_text", "received",
+                 "state", "target")
 
-    def __init__(self, method: str, target: bytes, head: Head, body: Body, peer: Any = None, closing: Any = None) -> None:
+    def __init__(self, method: str, target: bytes, head: Head, body: Body, peer: Any = None, closing: Any = None,
+                 body_bytes: int = Limits.body_bytes) -> None:
         self.method, self.target, self.head, self.headers, self.body, self.peer = method, target, head, head.headers, body, peer
         self.path, self.query_text = parse_target(target)
+        if target[0] != 47: check_target(method, target, head.headers.get("host"))  # 47 is a slash
         self.params: dict[str, str] = {}
-        self.closing, self.received = closing, 0.0
+        self.closing, self.body_bytes, self.received = closing, body_bytes, 0.0
         self.state: Any = None
         self._query: dict[str, str] | None = None
 
@@ -274,12 +300,8 @@ class Request:
 
     @property
     def query(self) -> dict[str, str]:
-        "The query's names and values. Raises `RequestError` when a name is there twice."
-        if self._query is None:
-            decode_part(self.query_text)
-            pairs = parse_qsl(self.query_text, keep_blank_values=True, max_num_fields=100) if self.query_text else []
-            self._query = dict(pairs)
-            if len(self._query) != len(pairs): raise RequestError("A name is in the query twice.")
+        "The query's names and values. Raises `RequestError` when a name is there twice, `HTTPError` when it cannot be decoded."
+        if self._query is None: self._query = parse_query(self.query_text)
         return self._query
 
     async def stream(self, limit: int | None = None) -> AsyncIterator[bytes]:
@@ -289,14 +311,15 @@ class Request:
             if limit is not None and self.body.taken > limit: raise PayloadTooLarge(_too_large(limit))
             yield data
 
-    async def read(self, limit: int = Limits.body_bytes) -> bytes:
-        "The whole body. Raises `PayloadTooLarge` past `limit` bytes."
+    async def read(self, limit: int | None = None) -> bytes:
+        "The whole body. Raises `PayloadTooLarge` past `limit` bytes (`None`: the server's `Limits.body_bytes`)."
+        if limit is None: limit = self.body_bytes
         if self.head.length > limit: raise PayloadTooLarge(_too_large(limit))
         data = self.body.at_once()
         if data is not None: return data
         return b"".join([chunk async for chunk in self.stream(limit)])
 
-    async def json(self, limit: int = Limits.body_bytes, *, need_type: bool = False) -> Any:
+    async def json(self, limit: int | None = None, *, need_type: bool = False) -> Any:
         """The body as JSON; an empty one is `None`. Raises `RequestError` (`invalid_json`), `PayloadTooLarge`.
 
         need_type: insist on a JSON content type, as protection against forms of foreign pages (415).
@@ -317,8 +340,13 @@ def is_json(content_type: str) -> bool:
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 # %% ../nbs/07_httpd.ipynb #06c5a93d
-def _refuse_constant(name: str) -> Any: raise ValueError(f"{name} is not JSON")
-_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+class _NotANumber(ValueError): pass
+def _refuse_constant(name: str) -> Any: raise _NotANumber(f"{name} is not a JSON number")
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number): raise _NotANumber(f"{text[:50]} is too large a number")
+    return number
+_decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 
 def parse_json(data: bytes) -> Any:
     "JSON from bytes; `None` from no bytes. Raises `RequestError` (`invalid_json`) saying where it breaks."
@@ -327,7 +355,8 @@ def parse_json(data: bytes) -> Any:
     except UnicodeDecodeError: problem = "it is not UTF-8"
     except json.JSONDecodeError as e: problem = f"{e.msg} at line {e.lineno}, column {e.colno}"
     except RecursionError: problem = "it is nested too deeply"
-    except ValueError as e: problem = str(e)
+    except _NotANumber as e: problem = str(e)
+    except ValueError: problem = "a number has too many digits"
     raise RequestError(f"The body is not JSON: {problem}.", code="invalid_json")
 
 # %% ../nbs/07_httpd.ipynb #8747f467
@@ -375,9 +404,11 @@ def json_response(value: Any, status: int = 200, headers: Iterable[tuple[str, st
     return Response(json.dumps(value, ensure_ascii=False, separators=(",", ":")), status, headers=headers)
 
 def error_response(error: ColabGPUError) -> Response:
-    "An error as its answer, with `Retry-After` when it knows."
-    wait = [] if error.retry_after is None else [("Retry-After", str(max(1, round(error.retry_after))))]
-    return json_response(error.wire(), error.status, wait)
+    "An error as its answer, with `Retry-After` when it knows, and with the headers that its status demands (RFC 9110 section 15)."
+    headers = list(getattr(error, "headers", ()))
+    if error.retry_after is not None: headers.append(("Retry-After", str(max(1, round(error.retry_after)))))
+    if error.status == 401: headers.append(("WWW-Authenticate", "Bearer"))
+    return json_response(error.wire(), error.status, headers)
 
 # %% ../nbs/07_httpd.ipynb #fb9475a2
 @lru_cache(maxsize=512)
@@ -388,13 +419,14 @@ def _head_start(status: int, content_type: str) -> bytes:
     return f"HTTP/1.1 {status} {phrase}\r\n{kind}".encode("latin-1")
 
 def render_head(response: Response, length: int | None, date: bytes, close: bool) -> bytes:
-    "The head of `response` as bytes; `length` `None` means chunked. A value with a line end is an error of ours and raises."
+    "The head of `response` as bytes; `length` `None` means chunked. Raises `ValueError` for a header with a line end or the like in it."
     parts = [_head_start(response.status, response.content_type if response.status not in (204, 304) else ""), date]
     if length is None: parts.append(b"Transfer-Encoding: chunked\r\n")
-    elif response.status != 204 and response.status >= 200: parts.append(b"Content-Length: %d\r\n" % length)
+    elif response.status not in (204, 304): parts.append(b"Content-Length: %d\r\n" % length)
     for name, value in response.headers:
-        if "\r" in value or "\n" in value: raise ValueError(f"the header {name} has a line end in its value")
-        parts.append(f"{name}: {value}\r\n".encode("latin-1", "replace"))
+        line = f"{name}: {value}\r\n".encode("latin-1", "replace")
+        if _FIELD.fullmatch(line) is None: raise ValueError(f"the header {name!r} or its value cannot be sent: {value!r:.100}")
+        parts.append(line)
     parts.append(b"Connection: close\r\n\r\n" if close else b"\r\n")
     return b"".join(parts)
 
@@ -420,12 +452,13 @@ def not_modified(request: Request, etag: str) -> bool:
 
 def _range_of(request: Request, size: int, etag: str) -> tuple[int, int] | None:
     "First byte and the one after the last; `None` for the whole, also when several ranges are asked, as RFC 9110 section 14.2 allows."
-    match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", request.headers.get("range", "").strip())
+    match = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", request.headers.get("range", "")) if request.method == "GET" else None
     if match is None or not (match[1] or match[2]) or request.headers.get("if-range", etag) != etag:
         return None
     start = int(match[1]) if match[1] else max(0, size - int(match[2]))
     stop = min(size, int(match[2]) + 1) if match[1] and match[2] else size
-    if start >= size or start >= stop: raise HTTPError(416, f"The file has {size} bytes.", "range_not_satisfiable")
+    if start >= size or start >= stop:
+        raise HTTPError(416, f"The file has {size} bytes.", "range_not_satisfiable", [("Content-Range", f"bytes */{size}")])
     return start, stop
 
 async def _file_pieces(path: Path, start: int, stop: int, piece: int = 131_072) -> AsyncIterator[bytes]:
@@ -474,9 +507,8 @@ class Router:
         route = methods.get(request.method) or (methods.get("GET") if request.method == "HEAD" else None)
         if route is not None: return route
         if not methods: raise NotFound(f"There is nothing at {request.path[:200]}.")
-        error = HTTPError(405, f"{request.path[:200]} takes {', '.join(sorted(methods))}.", "method_not_allowed")
-        error.field = ", ".join(sorted(methods))
-        raise error
+        allowed = ", ".join(sorted(methods))
+        raise HTTPError(405, f"{request.path[:200]} takes {allowed}.", "method_not_allowed", [("Allow", allowed)])
 
     def _match(self, path: str) -> tuple[dict[str, Route], dict[str, str]]:
         parts = path.split("/")
@@ -488,8 +520,8 @@ class Router:
 # %% ../nbs/07_httpd.ipynb #6a2ca93e
 class Connection(asyncio.Protocol):
     "One client's connection."
-    __slots__ = ("_buffer", "_chunks", "_drained", "_left", "_paused", "body", "head_only", "last", "loop", "out_left", "peer", "request",
-                 "route", "server", "state", "task", "transport")
+    __slots__ = ("_buffer", "_chunks", "_drained", "_ended", "_left", "_paused", "body", "last", "loop", "out_left", "peer", "request",
+                 "route", "server", "state", "streams", "task", "transport")
 
     def __init__(self, server: HTTPServer) -> None:
         self.server, self.loop, self.state, self._buffer = server, server.loop, "idle", b""
@@ -500,7 +532,7 @@ class Connection(asyncio.Protocol):
         self.route: Route | None = None
         self._chunks: ChunkParser | None = None
         self._drained: asyncio.Future[None] | None = None
-        self._left, self._paused, self.last, self.out_left, self.peer = 0, False, server.tick, 0, None
+        self._left, self._paused, self._ended, self.streams, self.last, self.out_left, self.peer = 0, False, False, False, server.tick, 0, None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
@@ -510,30 +542,30 @@ class Connection(asyncio.Protocol):
             self.refuse(Unavailable("The server has no room for another connection now."))
 
     def data_received(self, data: bytes) -> None:
-        self.last = self.server.tick
         if self.state == "gone": return
-        if self.body is not None and not self.body.complete: self._take_body(data)
-        else:
-            self._buffer = self._buffer + data if self._buffer else data
-            if self.state in ("idle", "head"): self.pump()
-            elif len(self._buffer) > self.server.limits.header_bytes: self.pause_reading()
+        if self.state != "head": self.last = self.server.tick  # a head has one time limit, however its bytes trickle in
+        if self.body is not None and not self.body.complete: return self._take_body(data)
+        self._buffer = self._buffer + data if self._buffer else data
+        if self.state == "idle" or self.state == "head": self.pump()
+        if self._buffer and len(self._buffer) > self.server.limits.header_bytes: self.pause_reading()
 
     def pump(self) -> None:
-        "Parse and start whatever whole requests are there."
-        while self._buffer and self.state in ("idle", "head"):
-            if self.state == "idle": self.state, self.last = "head", self.server.tick
-            try:
-                if not self._next_request(): return
-            except HTTPError as e: return self.refuse(e)
+        "Parse and start the next request, if its head is whole. A peer that doesn't take its answers gets no more of them."
+        if not self._buffer or self._drained is not None or (self.state != "idle" and self.state != "head"): return
+        if self.state == "idle": self.state, self.last = "head", self.server.tick
+        try: whole = self._next_request()
+        except HTTPError as e: return self.refuse(e)
+        if not whole and self._ended: self.linger()
 
     def _next_request(self) -> bool:
         "Take one head from the buffer; false when it isn't whole yet."
         buffer, limits = self._buffer, self.server.limits
         end = buffer.find(b"\r\n\r\n")
         line = _REQUEST_LINE.match(buffer)
+        if line is not None:
+            if line.end() > limits.request_line: raise HTTPError(414, "The request line is too long.", "uri_too_long")
+            if line[3] != b"1" or line[4] not in (b"0", b"1"): raise HTTPError(505, "This server speaks HTTP/1.1.", "http_version_not_supported")
         if end < 0 or line is None or end > limits.header_bytes: return self._not_yet(buffer, end, line)
-        if line.end() > limits.request_line: raise HTTPError(414, "The request line is too long.", "uri_too_long")
-        if line[3] != b"1" or line[4] not in (b"0", b"1"): raise HTTPError(505, "This server speaks HTTP/1.1.", "http_version_not_supported")
         head = self.server.heads.parse(buffer[line.end():end + 2], line[4] == b"1", limits.header_count)
         self._begin(line[1].decode("ascii"), line[2], head, buffer[end + 4:])
         return True
@@ -548,6 +580,7 @@ class Connection(asyncio.Protocol):
             raise HTTPError(431, "The headers are too long.", "headers_too_large")
         if line is None and (first >= 0 or not re.match(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]*(?: [\x21-\x7e]*(?: |$)|$)", buffer)):
             raise HTTPError(400, "This is not an HTTP request.")
+        if buffer.count(b"\n") != buffer.count(b"\r\n"): raise HTTPError(400, "A header line is malformed.")
         return False
 
     def _begin(self, method: str, target: bytes, head: Head, rest: bytes) -> None:
@@ -562,16 +595,19 @@ class Connection(asyncio.Protocol):
         else:
             self._buffer, self._left = b"", head.length
             self.body = Body(self)
-        self.request = Request(method, target, head, self.body, self.peer, self.server.closing)
-        if rest and not self.body.complete: self._take_body(rest)
+        self.request = Request(method, target, head, self.body, self.peer, self.server.closing, self.server.limits.body_bytes)
+        if not self.body.complete:
+            self.resume_reading()
+            if rest: self._take_body(rest)
         self.server.start_request(self, self.request)
 
     def _take_body(self, data: bytes) -> None:
         body = self.body
         assert body is not None
+        if body.error is not None: return  # after a mistake nothing that follows can be trusted
         try:
             if self._chunks is not None:
-                for piece in self._chunks.feed(data): body.feed(piece)
+                if piece := self._chunks.feed(data): body.feed(piece)
                 if self._chunks.done: self._buffer, self._chunks = self._chunks.rest, None; body.finish()
             else:
                 piece, self._buffer = data[:self._left], data[self._left:]
@@ -591,7 +627,7 @@ class Connection(asyncio.Protocol):
             self._paused = True
             self.transport.pause_reading()
     def resume_reading(self) -> None:
-        if self._paused and not self.transport.is_closing():
+        if self._paused and not self.transport.is_closing() and len(self._buffer) <= self.server.limits.header_bytes:
             self._paused, self.last = False, self.server.tick
             self.transport.resume_reading()
 
@@ -606,7 +642,7 @@ class Connection(asyncio.Protocol):
         "An answer has been written: on to the next request, or to the end."
         if self.state == "gone": return
         if close or self.transport.is_closing(): return self.linger()
-        self.state, self.task, self.last = "drain", None, self.server.tick
+        self.state, self.task, self.streams, self.last = "drain", None, False, self.server.tick
         self._drain_on()
 
     def _drain_on(self) -> None:
@@ -619,45 +655,53 @@ class Connection(asyncio.Protocol):
             if not body.complete: return
         self.body = self.request = self.route = None
         self.state = "idle"
-        if self.server.closing.is_set(): self.linger()
-        elif self._buffer: self.loop.call_soon(self.pump)
+        if self.server.closing.is_set() or (self._ended and not self._buffer): self.linger()
+        elif self._buffer: self.loop.call_soon(self.pump)  # the others' turn first
 
     def refuse(self, error: ColabGPUError) -> None:
         "Answer a request that isn't one, and close."
         response = error_response(error)
         self.transport.write(render_head(response, len(response.body), self.server.date, True) + response.body)
-        self.linger()
+        self.linger(more=True)
 
-    def linger(self) -> None:
-        "Close so that the peer can still read the answer: end our side, ignore theirs, for two seconds at most."
+    def linger(self, more: bool = False) -> None:
+        """Close so that the peer can still read the answer.
+
+        While more may be coming, closing would reset the connection, and the peer would lose what it has not read: so end our side, and ignore
+        theirs for two seconds at most.
+        """
         if self.state == "gone": return
-        self.state, self._buffer = "gone", b""
-        self.last = self.server.tick
+        more = more or (self.body is not None and not self.body.complete)
+        self.state, self._buffer, self.last = "gone", b"", self.server.tick
         self.resume_reading()
-        unread = self.body is not None and not self.body.complete
         try:
-            if unread and self.transport.can_write_eof():
+            if more and not self._ended and self.transport.can_write_eof():
                 self.transport.write_eof()
                 self.loop.call_later(2, self.transport.close)
             else: self.transport.close()
         except (OSError, RuntimeError): self.transport.abort()
 
     def eof_received(self) -> bool:
-        "The peer ended its side. A quick answer is still sent; nobody is kept waiting for a peer that left."
-        return bool(self.state == "busy" and self.route is not None and not self.route.waits and self.body is not None and self.body.complete)
+        "The peer ended its side. What it asked before is still answered, but nobody is kept waiting for a peer that left."
+        self._ended = True
+        if self.state == "busy":
+            return self.route is not None and not self.route.waits and not self.streams and self.body is not None and self.body.complete
+        return self.state == "idle" and bool(self._buffer)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.server.connections.discard(self)
-        self.state = "gone"
+        self.state, self._buffer = "gone", b""
         if self.body is not None: self.body.fail(Disconnected("The peer went away."))
         if self._drained is not None and not self._drained.done(): self._drained.set_result(None)
-        if self.task is not None and self.route is not None and self.route.waits: self.task.cancel()
-        self._buffer = b""
+        if self.task is not None and not self.task.done():
+            self.server.keep(self.task)
+            if self.streams or (self.route is not None and self.route.waits): self.task.cancel()
 
     def pause_writing(self) -> None: self._drained = self.loop.create_future()
     def resume_writing(self) -> None:
         if self._drained is not None and not self._drained.done(): self._drained.set_result(None)
         self._drained = None
+        if self._buffer: self.loop.call_soon(self.pump)
     async def drain(self) -> None:
         "Wait until the peer has taken enough. Raises `Disconnected`."
         if self._drained is not None: await self._drained
@@ -679,6 +723,7 @@ class HTTPServer:
                  after: Callable[[Request, Response, float], None] | None = None) -> None:
         self.router, self.host, self.port, self.limits, self.before, self.after = router, host, port, limits, before, after
         self.connections: set[Connection] = set()
+        self.orphans: set[asyncio.Task[None]] = set()  # handlers that go on after their peer has left
         self.heads, self.tick, self.date = _HeadCache(), time.monotonic(), b""
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.Task[None] | None = None
@@ -706,12 +751,22 @@ class HTTPServer:
         await self._stop_listening()
         for connection in [c for c in self.connections if c.state in ("idle", "head")]: connection.linger()
         deadline = time.monotonic() + self.limits.grace_s
-        while any(c.state in ("busy", "drain") for c in self.connections) and time.monotonic() < deadline: await asyncio.sleep(0.01)
-        for connection in list(self.connections):
-            if connection.task is not None: connection.task.cancel()
-            connection.transport.abort()
+        while self._unfinished() and time.monotonic() < deadline: await asyncio.sleep(0.01)
+        tasks = [c.task for c in self.connections if c.task is not None] + list(self.orphans)
+        for task in tasks: task.cancel()
+        for connection in list(self.connections): connection.transport.abort()
+        if tasks: await asyncio.wait(tasks, timeout=1)
         await asyncio.sleep(0)
         if self._sweeper is not None: self._sweeper.cancel()
+
+    def _unfinished(self) -> bool:
+        "Whether something is still being worked on, or on its way out."
+        return bool(self.orphans) or any(c.state in ("busy", "drain") or c.transport.get_write_buffer_size() for c in self.connections)
+
+    def keep(self, task: asyncio.Task[None]) -> None:
+        "Hold on to the task of a handler whose connection is gone, until it ends."
+        self.orphans.add(task)
+        task.add_done_callback(self.orphans.discard)
 
     async def _stop_listening(self) -> None:
         # asyncio forgets a connection that it is just accepting when its server closes: first accept no more, then let it finish.
@@ -729,7 +784,9 @@ class HTTPServer:
         while True:
             await asyncio.sleep(1)
             self._set_clock()
-            for connection in list(self.connections): self._sweep(connection)
+            for i, connection in enumerate(list(self.connections)):
+                self._sweep(connection)
+                if i % 500 == 499: await asyncio.sleep(0)
 
     def _sweep(self, connection: Connection) -> None:
         "Close a connection that has made no progress for too long."
@@ -751,7 +808,7 @@ class HTTPServer:
         "Find the handler and run it: a plain function now, a coroutine as a task."
         request.received = time.perf_counter()
         try:
-            if request.method == "OPTIONS" or request.method == "CONNECT" or request.target == b"*": route = _special(request)
+            if request.method == "OPTIONS" or request.method == "CONNECT": route = _special(request)
             else: route = self.router.find(request)
             connection.route = route
             answer = self.before(request, route) if self.before is not None else None
@@ -763,7 +820,9 @@ class HTTPServer:
 
     async def _run(self, connection: Connection, request: Request, answer: Any) -> None:
         try:
-            try: response = await answer if inspect.isawaitable(answer) else answer
+            try:
+                response = await answer if inspect.isawaitable(answer) else answer
+                if not isinstance(response, Response | Later): raise TypeError(f"the handler returned {type(response).__name__}, not a Response")
             except Exception as e: response = self._error(request, e)
             if isinstance(response, StreamResponse): await self._send_stream(connection, request, response)
             elif isinstance(response, Later): self._send_later(connection, request, response)
@@ -782,11 +841,6 @@ class HTTPServer:
 
     def _error(self, request: Request, error: Exception) -> Response:
         "The answer that an error deserves; an unexpected one is logged here and not shown there."
-        if isinstance(error, HTTPError) and error.status == 405:
-            allow, error.field = error.field or "", None
-            response = error_response(error)
-            response.headers.append(("Allow", allow))
-            return response
         if isinstance(error, ColabGPUError): return error_response(error)
         log.error("%s %s failed", request.method, request.path, exc_info=error)
         return error_response(ColabGPUError("The server failed at this; its log says why. Try again, and report it if it stays."))
@@ -794,41 +848,45 @@ class HTTPServer:
     def _send(self, connection: Connection, request: Request, response: Response) -> None:
         if connection.state == "gone": return
         close = request.head.close or self.closing.is_set() or connection.unread_body_ends_us()
-        if self.after is not None: self.after(request, response, time.perf_counter() - request.received)
-        head = render_head(response, len(response.body), self.date, close)
+        try:
+            if self.after is not None: self.after(request, response, time.perf_counter() - request.received)
+            head = render_head(response, len(response.body), self.date, close)
+        except Exception as e:
+            response = self._error(request, e)
+            head = render_head(response, len(response.body), self.date, close)
         if request.method == "HEAD" or response.status in (204, 304): connection.transport.write(head)
         elif len(response.body) < 65_536: connection.transport.write(head + response.body)
         else: connection.transport.writelines((head, response.body))
         connection.finished(close)
 
     async def _send_stream(self, connection: Connection, request: Request, response: StreamResponse) -> None:
-        if self.after is not None: self.after(request, response, time.perf_counter() - request.received)
-        close = request.head.close or connection.unread_body_ends_us()
-        head = render_head(response, response.length, self.date, close)
-        chunked = response.length is None and not request.head.old
-        # HTTP/1.0 knows no chunks: there the end of the connection is the end of the body.
-        if request.head.old: head = head.replace(b"Transfer-Encoding: chunked\r\n", b"")
-        connection.transport.write(head)
-        sent = 0
+        connection.streams = response.length is None
         try:
-            async for piece in response.pieces if request.method != "HEAD" else _nothing():
-                if not piece: continue
-                sent += len(piece)
-                connection.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-                await connection.drain()
-            if chunked and request.method != "HEAD": connection.transport.write(b"0\r\n\r\n")
-            if sent != response.length is not None and request.method != "HEAD": raise Disconnected("The file changed while it was sent.")
+            if connection.state == "gone": return
+            if self.after is not None: self.after(request, response, time.perf_counter() - request.received)
+            close = request.head.close or self.closing.is_set() or connection.unread_body_ends_us()
+            head = render_head(response, response.length, self.date, close)
+            # HTTP/1.0 knows no chunks: there the end of the connection is the end of the body.
+            if request.head.old: head = head.replace(b"Transfer-Encoding: chunked\r\n", b"")
+            connection.transport.write(head)
+            if request.method != "HEAD": await self._send_pieces(connection, response, response.length is None and not request.head.old)
         finally:
             if hasattr(response.pieces, "aclose"): await response.pieces.aclose()
         connection.finished(close or self.closing.is_set())
 
-async def _nothing() -> AsyncIterator[bytes]:
-    return
-    yield b""
+    async def _send_pieces(self, connection: Connection, response: StreamResponse, chunked: bool) -> None:
+        sent = 0
+        async for piece in response.pieces:
+            if not piece: continue
+            sent += len(piece)
+            connection.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+            await connection.drain()
+        if chunked: connection.transport.write(b"0\r\n\r\n")
+        if sent != response.length is not None: raise Disconnected("The file changed while it was sent.")
 
 def _special(request: Request) -> Route:
     if request.method == "OPTIONS": return Route("OPTIONS", "*", lambda request: Response(status=204))
-    raise HTTPError(501, f"{request.method} is not served here.", "not_implemented")
+    raise HTTPError(501, "CONNECT is not served here.", "not_implemented")
 
 # %% ../nbs/07_httpd.ipynb #0ae13a89
 class ServerThread:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 
 import h11
 import pytest
@@ -16,7 +17,7 @@ class Wire(asyncio.Transport):
 
     def __init__(self):
         super().__init__()
-        self.out, self.closed = b"", False
+        self.out, self.closed, self.ended, self.paused = b"", False, False, False
 
     def write(self, data):
         self.out += data
@@ -33,26 +34,32 @@ class Wire(asyncio.Transport):
         return self.closed
 
     def can_write_eof(self):
-        return False
+        return True
+
+    def write_eof(self):
+        self.ended = True
 
     def get_write_buffer_size(self):
         return 0
 
     def pause_reading(self):
-        pass
+        self.paused = True
 
-    resume_reading = pause_reading
+    def resume_reading(self):
+        self.paused = False
 
 
 class Anything(Router):
-    """Takes every request and notes what it was."""
+    """Takes every request and notes what it was; `slow` handlers let the loop go round before they read."""
 
-    def __init__(self):
+    def __init__(self, slow):
         super().__init__()
-        self.seen = []
+        self.seen, self.slow = [], slow
 
     def find(self, request):
         async def handler(request):
+            for _ in range(self.slow):
+                await asyncio.sleep(0)
             body = await request.read()
             self.seen.append((request.method, request.target, dict(request.headers), body))
             return Response(b"{}")
@@ -63,27 +70,32 @@ class Anything(Router):
 LOOP = asyncio.new_event_loop()
 
 
-def ours(pieces):
-    """What our server makes of the bytes: the requests it served, and the status of its last answer."""
+def ours(pieces, slow=0):
+    """What our server makes of the bytes: the requests it served, the statuses of its answers, and whether it ended the connection."""
 
     async def main():
-        router = Anything()
+        router = Anything(slow)
         server = HTTPServer(router, limits=Limits())
         server.loop, server.closing = asyncio.get_running_loop(), asyncio.Event()
         connection, wire = Connection(server), Wire()
         connection.connection_made(wire)
+        rounds = 12 + 12 * slow + sum(map(len, pieces)) // 20 * (4 + slow)
         for piece in pieces:
-            if not wire.closed:
+            for _ in range(rounds):
+                if not wire.paused:
+                    break
+                await asyncio.sleep(0)
+            if not wire.closed and not wire.paused:
                 connection.data_received(piece)
             await asyncio.sleep(0)
-        for _ in range(12):
+        for _ in range(rounds):
             await asyncio.sleep(0)
         connection.connection_lost(None)
         if connection.task is not None:
             with contextlib.suppress(BaseException):
                 await asyncio.wait_for(connection.task, 1)
-        statuses = [int(line.split(b" ")[1]) for line in wire.out.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")]
-        return router.seen, [s for s in statuses if s != 100]
+        statuses = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", wire.out)]
+        return router.seen, [s for s in statuses if s != 100], wire.closed or wire.ended
 
     return LOOP.run_until_complete(main())
 
@@ -121,14 +133,23 @@ def merged(headers):
     return out
 
 
-def check(data, pieces=None):
-    mine, statuses = ours(pieces or [data])
-    other, _ = theirs(data)
+def check(data):
+    mine, statuses, over = ours([data])
+    other, refused = theirs(data)
     assert len(mine) <= len(other), "we served a request that h11 did not"
     for (method, target, headers, body), (method_, target_, headers_, body_) in zip(mine, other, strict=False):
         assert (method, target, body) == (method_, target_, body_)
-        assert headers == merged(headers_)
-    return mine, statuses
+        assert {n: v.lower() if n == "transfer-encoding" else v for n, v in headers.items()} == merged(headers_)
+    assert statuses.count(200) == len(mine) and statuses[:len(mine)] == [200] * len(mine), "each was answered, in order"
+    if statuses[len(mine):]:
+        assert over and len(statuses) == len(mine) + 1 and statuses[-1] >= 400, "a refusal is one answer, and the last"
+    elif refused and len(mine) == len(other):
+        assert over or waits_for_more(data), "what h11 refuses we refuse, unless it isn't whole yet"
+
+
+def waits_for_more(data):
+    """Whether we may still be waiting where h11 has given up: the last head isn't whole."""
+    return ours([data + b"\r\n\r\n"])[2] or ours([data + b"0\r\n\r\n"])[2]
 
 
 METHODS = st.sampled_from([b"GET", b"POST", b"PUT", b"BREW", b"get", b"G\xe9T", b"", b"GET ", b"P(ST"])
@@ -201,12 +222,13 @@ def test_pipelines(many):
     check(b"".join(many))
 
 
-@settings(MANY, max_examples=300)
-@given(mutated(), st.integers(0, 400))
-def test_where_the_bytes_are_split_does_not_matter(data, at):
+@settings(MANY, max_examples=600)
+@given(mutated(), st.integers(0, 400), st.integers(0, 3))
+@example(b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n5\r\nhello\r\n0\r\n\r\n", 61, 3)
+def test_where_the_bytes_are_split_does_not_matter(data, at, slow):
     whole = ours([data])
-    assert ours([data[:at], data[at:]]) == whole
-    assert ours([data[i:i + 7] for i in range(0, len(data), 7)]) == whole
+    assert ours([data[:at], data[at:]], slow) == whole
+    assert ours([data[i:i + 7] for i in range(0, len(data), 7)], slow) == whole
 
 
 def test_every_split_of_a_good_request():
@@ -218,6 +240,50 @@ def test_every_split_of_a_good_request():
     assert ours([bytes([b]) for b in data]) == whole
 
 
+@pytest.mark.parametrize("cut", [0, 1, 30, 34])
+def test_a_body_after_a_long_pipeline(cut):
+    """Reading is paused while much waits; it has to go on for a body that isn't here yet."""
+    many, last = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n" * 3000, b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 70000\r\n\r\n" + b"x" * 70_000
+    cut += last.index(b"xx") - 30
+    served, statuses, over = ours([many[:20_000], many[20_000:] + last[:cut], last[cut:]], slow=1)
+    assert len(served) == 3001 and served[-1][3] == b"x" * 70_000 and set(statuses) == {200} and not over
+
+
+TOKEN = st.text("!#$%&'*+-.^_`|~09azAZ", min_size=1, max_size=8)
+VALUE = st.text("".join(map(chr, [*range(0x21, 0x7f), *range(0xa1, 0x100)])) + " \t", max_size=12).map(lambda v: v.strip(" \t"))
+NAMES = TOKEN.filter(lambda n: n.lower() not in {"host", "content-length", "transfer-encoding", "connection", "expect"})
+TARGET = st.text("/abcXYZ019-._~!$&'()*+,;=:@%?", max_size=20).map(lambda t: "/" + t)
+
+
+@st.composite
+def proper(draw):
+    """A request that every server must take, and what it says."""
+    method, target, fields = draw(TOKEN), draw(TARGET), draw(st.dictionaries(NAMES.map(str.lower), VALUE, max_size=5))
+    method = method if method not in ("CONNECT", "OPTIONS") else "POST"
+    body, chunked, space = draw(st.binary(max_size=40)), draw(st.booleans()), draw(st.sampled_from(["", " ", "  ", "\t"]))
+    sizes = draw(st.lists(st.integers(1, 9), max_size=9)) if chunked else []
+    fields["host"] = draw(st.sampled_from(["h", "localhost:3001", "[::1]:80", "gpu.example.org", ""]))
+    fields["transfer-encoding" if chunked else "content-length"] = "chunked" if chunked else str(len(body))
+    head = f"{method} {target} HTTP/1.1\r\n" + "".join(f"{n.title()}:{space}{v}{space}\r\n" for n, v in fields.items()) + "\r\n"
+    sent, left = body, body
+    if chunked:
+        sent = b""
+        for size in [*sizes, 1000]:
+            piece, left = left[:size], left[size:]
+            sent += b"%x;a=b\r\n%b\r\n" % (len(piece), piece) if piece else b""
+        sent += b"0\r\nTrailer: x\r\n\r\n"
+    return head.encode("latin-1") + sent, (method, target.encode(), fields, body)
+
+
+@MANY
+@given(st.lists(proper(), min_size=1, max_size=3), st.integers(0, 200))
+def test_proper_requests_are_served(many, at):
+    data = b"".join(sent for sent, _ in many)
+    served, statuses, over = ours([data[:at], data[at:]])
+    assert served == [said for _, said in many] and statuses == [200] * len(many) and not over
+    assert [(m, t, b) for m, t, _, b in served] == [(m, t, b) for m, t, _, b in theirs(data)[0]]
+
+
 @pytest.mark.parametrize("data", [
     b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
     b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
@@ -225,5 +291,22 @@ def test_every_split_of_a_good_request():
     b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
 ])
 def test_smuggling_is_refused(data):
-    seen, statuses = ours([data])
-    assert seen == [] and statuses and statuses[0] >= 400
+    seen, statuses, over = ours([data])
+    assert seen == [] and len(statuses) == 1 and statuses[0] >= 400 and over
+    assert ours([data, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"]) == (seen, statuses, over), "and nothing after it is served"
+
+
+def test_a_refusal_leaves_time_to_read_it():
+    """Closing at once would reset the connection of a peer that still sends, and the answer with it."""
+
+    async def main():
+        server = HTTPServer(Anything(0), limits=Limits())
+        server.loop, server.closing = asyncio.get_running_loop(), asyncio.Event()
+        connection, wire = Connection(server), Wire()
+        connection.connection_made(wire)
+        connection.data_received(b"nonsense\r\n")
+        assert wire.out.startswith(b"HTTP/1.1 400 ") and wire.ended and not wire.closed
+        connection.data_received(b"more nonsense\r\n")
+        assert wire.out.count(b"HTTP/1.1 ") == 1 and not connection.eof_received()
+
+    LOOP.run_until_complete(main())
