@@ -1,0 +1,152 @@
+"""The bundled demo model: it loads the ordinary way, answers the prompt, and its tools tell right from wrong."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "colab_gpu" / "demo_model"
+sys.path.insert(0, str(ROOT / "tools"))
+
+from demo_captions import describe, elements, vocabulary
+from demo_judge import components, judge_shapes, see_scene, see_shapes, share
+from demo_scenes import PALETTE, SHAPES, is_held_out, render, sample
+from score_demo_model import judge, prompts, tally
+
+# ---- the generator and the judge, which need no model ----------------------------------------------------------------
+
+def test_one_seed_draws_the_same_pictures_and_captions() -> None:
+    def some(seed: int) -> list[tuple[str, bytes]]:
+        rng = random.Random(seed)
+        out = []
+        for _ in range(10):
+            picture = json.loads(json.dumps(sample(rng)))
+            out.append((describe(picture, rng)[0], render(picture).tobytes()))
+        return out
+
+    assert some(3) == some(3)
+    assert some(3) != some(4)
+
+
+def test_held_out_combinations_never_reach_training() -> None:
+    rng = random.Random(1)
+    assert not any(is_held_out(sample(rng)) for _ in range(500))
+    assert all(is_held_out(sample(rng, held_out=True)) for _ in range(50))
+
+
+def test_captions_name_what_they_ask_for() -> None:
+    rng = random.Random(2)
+    for _ in range(200):
+        picture = sample(rng, kind="single")
+        text, asked = describe(picture, rng, plain=True)
+        assert asked["color"] == picture["shapes"][0]["color"]
+        assert asked["shape"] in SHAPES
+        assert asked["ground"] == picture["ground"]
+        assert len(text.split()) < 36
+
+
+@pytest.mark.parametrize("size", [(256, 256), (384, 256), (256, 384)])
+def test_the_judge_knows_drawn_pictures_from_wrong_ones(size: tuple[int, int]) -> None:
+    cases = prompts(40)
+    drawn = [render(picture, *size) for picture, _, _ in cases]
+    own = tally([judge(p, asked) for p, (_, _, asked) in zip(drawn, cases, strict=True)])
+    wrong = tally([judge(p, asked) for p, (_, _, asked) in zip(drawn[10:] + drawn[:10], cases, strict=True)])
+    for row in ("color", "ground", "shape", "place", "elements"):
+        assert own[row][0] >= 0.95 * own[row][1], row
+        assert wrong[row][0] < 0.8 * wrong[row][1], row
+
+
+def test_the_judge_sees_nothing_in_noise_or_a_flat_ground() -> None:
+    flat = np.full((256, 256, 3), PALETTE["blue"], np.uint8)
+    assert see_shapes(flat) == {"ground": "blue", "regions": []}
+    assert see_scene(flat) <= {"sea"}
+    asked = {"color": "red", "shape": "circle", "ground": "blue", "place": "center"}
+    assert judge_shapes(flat, asked) == {"ground": True, "color": False, "shape": False, "place": False}
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3)).astype(np.uint8)
+    assert not judge_shapes(noise, asked)["shape"]
+
+
+def test_components_are_found_across_rows() -> None:
+    mask = np.array([[1, 0, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]], bool)
+    assert [int(m.sum()) for m in components(mask)] == [5, 1, 1]
+    assert components(np.zeros((3, 3), bool)) == []
+
+
+def test_scene_elements_are_what_was_drawn() -> None:
+    rng = random.Random(5)
+    for _ in range(20):
+        picture = sample(rng, kind="scene")
+        assert elements(picture) - {"sun"} <= see_scene(render(picture))
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def pipe():
+    """The pipeline, loaded with nothing but the folder's name."""
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    if not (FOLDER / "model_index.json").exists():
+        pytest.skip("the demo model has not been trained well enough to ship yet")
+    pipe = diffusers.AutoPipelineForText2Image.from_pretrained(FOLDER)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def paint(pipe, prompt: str, seed: int = 0, **kw) -> np.ndarray:
+    """Paint with the product's defaults: 25 steps, guidance 7."""
+    import torch
+
+    options = {"num_inference_steps": 25, "guidance_scale": 7.0, "height": 256, "width": 256, **kw}
+    return np.asarray(pipe(prompt, generator=torch.Generator().manual_seed(seed), **options).images[0])
+
+
+def test_the_folder_is_an_ordinary_small_one(pipe) -> None:
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
+    assert sum(f.stat().st_size for f in FOLDER.rglob("*") if f.is_file()) <= 8_000_000
+    index = json.loads((FOLDER / "model_index.json").read_text("utf-8"))
+    assert index["safety_checker"] == [None, None]
+    assert index["requires_safety_checker"] is False
+    assert pipe.vae_scale_factor == 8
+    assert (FOLDER / "README.md").exists()
+
+
+def test_every_caption_word_is_one_token_and_unknown_words_do_no_harm(pipe) -> None:
+    for word in vocabulary():
+        assert len(pipe.tokenizer.tokenize(word)) == 1, word
+    assert len(pipe.tokenizer.tokenize("qwrtz")) > 1
+    assert pipe.tokenizer("Ünïcode 🎈 words").input_ids
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_it_paints_the_demo_prompt(pipe, seed: int) -> None:
+    seen = judge_shapes(paint(pipe, "a red circle on a blue background", seed),
+                        {"color": "red", "shape": "circle", "ground": "blue"})
+    assert all(seen.values()), seen
+
+
+def test_one_seed_gives_the_same_bytes_and_two_seeds_differ(pipe) -> None:
+    first, again, other = (paint(pipe, "a house by the sea at sunset", s) for s in (1, 1, 2))
+    assert first.tobytes() == again.tobytes()
+    assert (np.abs(first.astype(int) - other.astype(int)).max(-1) > 30).mean() > 0.01
+
+
+def test_a_negative_prompt_lowers_its_colour(pipe) -> None:
+    plain = np.mean([share(paint(pipe, "a circle", s), "blue") for s in range(12)])
+    without = np.mean([share(paint(pipe, "a circle", s, negative_prompt="blue"), "blue") for s in range(12)])
+    assert without < plain
+
+
+@pytest.mark.parametrize(("width", "height"), [(384, 256), (256, 384)])
+def test_other_sizes_are_sensible(pipe, width: int, height: int) -> None:
+    pixels = paint(pipe, "a red circle on a blue background", 3, width=width, height=height)
+    assert pixels.shape == (height, width, 3)
+    seen = see_shapes(pixels)
+    assert seen["ground"] == "blue"
+    assert "red" in {r["color"] for r in seen["regions"]}
