@@ -144,6 +144,7 @@ def check_target(method: str, target: bytes, host: str | None) -> None:
     whole = _ABSOLUTE.fullmatch(target.decode("ascii"))
     if whole and host is not None and whole[1].lower() != host.lower(): raise HTTPError(400, "The address and the Host header differ.")
 
+# %% ../nbs/07_httpd.ipynb #c721e303
 def parse_query(text: str) -> dict[str, str]:
     "The names and values of a query; blank values are kept. Raises `RequestError` for a name that is there twice."
     if not text: return {}
