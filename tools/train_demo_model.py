@@ -533,6 +533,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--growth", type=float, default=4.0, help="pictures added a step")
     p.add_argument("--save-s", type=float, default=120, help="seconds between checkpoints")
     p.add_argument("--export-s", type=float, default=300, help="seconds between exports")
+    p.add_argument("--weights", choices=("mean", "net"), default="mean",
+                   help="what the export stage writes: the moving average, or the weights of the last step")
     p.add_argument("--stage", choices=("vae", "unet", "export"), default="unet", help="stop after this stage; export trains nothing")
     return p.parse_args()
 
@@ -549,7 +551,7 @@ def main() -> None:
         train_unet(args, vae, tokenizer, device)
     if args.stage == "export":
         net = Painter(tokenizer)
-        net.load_state_dict(torch.load(args.run / "unet.pt", map_location="cpu")["mean"])
+        net.load_state_dict(torch.load(args.run / "unet.pt", map_location="cpu")[args.weights])
         export(args.out, vae, net, tokenizer)
 
 
