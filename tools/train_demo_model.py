@@ -1,7 +1,7 @@
 """Train the bundled demo model, from a procedural generator to a Diffusers folder.
 
-Three stages, each resumable from the run folder: ``vae`` (autoencoder), ``unet`` (text encoder and denoiser, together, on
-latents of pictures that are drawn as training goes) and ``export``. Everything that is left to chance comes from ``--seed``.
+Four stages, each resumable from the run folder: ``vae`` (autoencoder), ``words`` (text encoder alone: what does a caption
+say?), ``unet`` (text encoder and denoiser, together, on latents of pictures that are drawn as training goes) and ``export``. Everything that is left to chance comes from ``--seed``.
 
     python tools/train_demo_model.py --run run --out colab_gpu/demo_model
 """
@@ -31,7 +31,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo_captions import describe, vocabulary
-from demo_scenes import render, sample
+from demo_scenes import PALETTE, PLACES, SHAPES, TIMES, render, sample
+from demo_scenes import SIZES as SIZE_WORDS
 
 SIZES = ((256, 256), (384, 256), (256, 384))  # width, height in pixels
 MAX_TOKENS = 40
@@ -100,12 +101,16 @@ def hold(conv: torch.nn.Conv2d, rows: slice, columns: slice, still: slice) -> No
 
 
 def new_unet() -> UNet2DConditionModel:
-    """Return an untrained denoiser of 32x32 latents: thin at 32x32, wide with cross attention at 16x16 and 8x8."""
+    """Return an untrained denoiser of 32x32 latents: thin at 32x32, cross attention at 8x8, the whole picture at 4x4.
+
+    Attention at 16x16 would take a third of the time and the room of the 4x4 level, which learns where things go sooner.
+    """
     return UNet2DConditionModel(
-        sample_size=32, in_channels=4, out_channels=4, block_out_channels=(32, 64, 96), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), mid_block_type="UNetMidBlock2D",
+        sample_size=32, in_channels=4, out_channels=4, block_out_channels=(32, 64, 80, 80), layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"), mid_block_type="UNetMidBlock2D",
         cross_attention_dim=WIDTH, attention_head_dim=4, norm_num_groups=8, resnet_time_scale_shift="scale_shift",
+        time_embedding_dim=160,
         # The pooled words also steer every block through the time embedding: whole-picture facts are learnt at once.
         addition_embed_type="text", addition_embed_type_num_heads=4)
 
@@ -294,7 +299,7 @@ def whiten(vae: AutoencoderKL, seed: int, device: torch.device) -> None:
     outer.weight.data *= std[None, :, None, None]
 
 
-# ---- stage 2: text encoder and denoiser ------------------------------------------------------------------------------
+# ---- shared by the two networks -----------------------------------------------------------------------------------------
 
 class Pool:
     """Latents of drawn pictures, kept beside what they show so that each pass words them anew.
@@ -386,6 +391,105 @@ def backward(net: Painter, part: Noised, total: int) -> float:
     return loss.item()
 
 
+# ---- stage 2: the words ----------------------------------------------------------------------------------------------
+
+#: What a caption may say, and the answers there are.
+QUESTIONS: dict[str, tuple[Any, ...]] = {
+    "kind": ("single", "pair", "scene"), "ground": tuple(PALETTE), "color": tuple(PALETTE), "shape": SHAPES, "place": tuple(PLACES),
+    "size": tuple(SIZE_WORDS), "color2": tuple(PALETTE), "shape2": SHAPES, "time": TIMES, "land": ("hills", "sea", "shore"),
+    "trees": (0, 1, 2, 3), "house": (False, True), "boat": (False, True), "stars": (False, True), "light": (False, True)}
+
+
+def facts(p: dict[str, Any]) -> list[int]:
+    """Return the index of the right answer to each of `QUESTIONS`, -100 where the question makes no sense."""
+    known: dict[str, Any] = {"kind": p["kind"]}
+    if p["kind"] == "scene":
+        known |= {"time": p["time"], "land": p["land"], "trees": len(p["trees"])}
+        known |= {name: p[name] is not None and p[name] != [] for name in ("house", "boat", "stars", "light")}
+    else:
+        known |= {"ground": p["ground"]}
+        for mark, item in zip(("", "2"), p["shapes"], strict=False):
+            known |= {name + mark: item[name] for name in ("color", "shape")}
+        known |= {"place": p["shapes"][0]["place"], "size": p["shapes"][0]["size"]}
+    return [answers.index(known[name]) if name in known else -100 for name, answers in QUESTIONS.items()]
+
+
+def train_words(args: argparse.Namespace, tokenizer: CLIPTokenizer, device: torch.device) -> None:
+    """Teach the text encoder to tell what a caption says, before it guides any drawing, and save it as ``words.pt``.
+
+    Learnt through the denoiser's noisy gradients alone this takes most of the training; here it takes minutes. The answers
+    are read from the pooled words by one linear map each, so the denoiser finds them laid out plainly.
+    """
+    path = args.run / "words.pt"
+    if path.exists():
+        return
+    torch.manual_seed(args.seed)
+    net = Painter(tokenizer).to(device)
+    pool = net.unet.add_embedding
+    heads = torch.nn.ModuleDict({k: torch.nn.Linear(pool.proj.out_features, len(v)) for k, v in QUESTIONS.items()}).to(device)
+    parts = torch.nn.ModuleList([net.text, pool, heads])
+    opt = torch.optim.AdamW(parts.parameters(), lr=args.words_lr, betas=(0.9, 0.98), weight_decay=0.01)
+    bar = Progress("words", 0, args.words_steps)
+    for step in range(args.words_steps):
+        rng = random.Random(f"{args.seed} words {step}")
+        pictures = [sample(rng) for _ in range(128)]
+        ids = tokens(tokenizer, [describe(p, rng)[0] for p in pictures]).to(device)
+        right = torch.tensor([facts(p) for p in pictures], device=device)
+        for group in opt.param_groups:
+            group["lr"] = args.words_lr * warm_cosine(step, args.words_steps, 50)
+        with autocast(device):
+            pooled = F.silu(pool(net.text(ids)[0]))
+            answers = [heads[name](pooled).float() for name in QUESTIONS]
+        loss = torch.stack([F.cross_entropy(a, r) for a, r in zip(answers, right.T, strict=True)]).nansum()
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
+        opt.step()
+        shares = [(a.argmax(-1) == r)[r >= 0].float().mean().item() for a, r in zip(answers, right.T, strict=True)]
+        said = " ".join(f"{name} {share:.0%}" for name, share in zip(QUESTIONS, shares, strict=True) if name in "color shape2 place trees")
+        bar.show(step + 1, f"loss {loss.item():.3f} {said}")
+    save(path, {"text": net.text.state_dict(), "pool": pool.state_dict()})
+
+
+def tokens(tokenizer: CLIPTokenizer, words: list[str]) -> torch.Tensor:
+    """Return captions as token ids of shape (count, MAX_TOKENS)."""
+    return tokenizer(words, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
+
+
+# ---- stage 3: text encoder and denoiser ------------------------------------------------------------------------------
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+
+    Takes matrices and convolutions (as matrices of outputs by the rest). The step is scaled to the size that AdamW's would
+    have (Liu et al. 2025, arXiv:2502.16982), so that one learning rate serves both.
+    """
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Take one step."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                flat = p.grad.lerp(buffer, group["momentum"]).flatten(1)
+                update = orthogonal(flat).view_as(p) * (0.2 * math.sqrt(max(flat.shape)))
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+
+def orthogonal(g: torch.Tensor) -> torch.Tensor:
+    """Return the nearest matrix with singular values near 1, by five steps of a quintic Newton-Schulz iteration."""
+    x = g.T if g.shape[0] > g.shape[1] else g
+    x = (x / (x.norm() + 1e-7)).bfloat16()
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return (x.T if g.shape[0] > g.shape[1] else x).to(g.dtype)
+
+
 class Twins:
     """Copies of a network that share its weights, each with gradients of its own, one for each processor core.
 
@@ -419,33 +523,49 @@ class Painting:
         torch.manual_seed(args.seed)
         self.args, self.tokenizer, self.device, self.path = args, tokenizer, device, args.run / "unet.pt"
         self.net = Painter(tokenizer).to(device, memory_format=torch.channels_last)
+        words = torch.load(args.run / "words.pt", map_location=device)
+        self.net.text.load_state_dict(words["text"]), self.net.unet.add_embedding.load_state_dict(words["pool"])
         self.mean = copy.deepcopy(self.net).requires_grad_(False)
-        self.opt = torch.optim.AdamW(self.net.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
         self.scheduler, self.step = new_scheduler(), 0
+        self.opts = self.optimizers()
         if self.path.exists():
             state = torch.load(self.path, map_location=device)
-            for name in ("net", "mean", "opt"):
+            for name in ("net", "mean"):
                 getattr(self, name).load_state_dict(state[name])
+            for opt, kept in zip(self.opts, state["opts"], strict=True):
+                opt.load_state_dict(kept)
             self.step = state["step"]
         self.twins = Twins(self.net, args.threads if device.type == "cpu" else 1)
 
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return Muon for the denoiser's matrices and AdamW for the rest; what can read already learns more slowly."""
+        reading = {*self.net.text.parameters(), *self.net.unet.add_embedding.parameters()}
+        edges = {self.net.unet.conv_in.weight, self.net.unet.conv_out.weight}
+        inner = [p for p in self.net.unet.parameters() if p.ndim > 1 and p not in edges | reading]
+        rest = [p for p in self.net.unet.parameters() if p not in {*inner} | reading]
+        adam = [{"params": rest, "scale": 1.0}, {"params": list(reading), "scale": 0.2}]
+        muon = [{"params": inner, "scale": 2.0}]
+        return [Muon(muon, self.args.lr), torch.optim.AdamW(adam, self.args.lr, betas=(0.9, 0.98), weight_decay=0.01)]
+
     def save(self) -> None:
         """Write the checkpoint that a later run resumes from."""
-        parts = {name: getattr(self, name).state_dict() for name in ("net", "mean", "opt")}
-        save(self.path, {**parts, "step": self.step})
+        parts = {name: getattr(self, name).state_dict() for name in ("net", "mean")}
+        save(self.path, {**parts, "opts": [opt.state_dict() for opt in self.opts], "step": self.step})
 
     def train_step(self, pool: Pool, batch: int) -> float:
         """Take one step on fresh captions, and return the loss; what it draws depends on the seed and the step alone."""
         rng = random.Random(f"{self.args.seed} unet {self.step}")
         torch.manual_seed(self.args.seed + self.step)
         z, words = pool.batch(rng, batch, 0.1)
-        ids = self.tokenizer(words, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
-        for group in self.opt.param_groups:
-            group["lr"] = self.args.lr * warm_cosine(self.step, self.args.steps, 100)
-        self.opt.zero_grad()
+        ids = tokens(self.tokenizer, words)
+        for opt in self.opts:
+            opt.zero_grad()
+            for group in opt.param_groups:
+                group["lr"] = self.args.lr * group["scale"] * warm_cosine(self.step, self.args.steps, 100)
         loss = self.twins.backward(noised(self.scheduler, z.to(self.device), ids.to(self.device)))
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.opt.step()
+        for opt in self.opts:
+            opt.step()
         self.step += 1
         follow(self.mean, self.net, min(self.args.ema, (1 + self.step) / (20 + self.step)))
         return loss
@@ -483,7 +603,7 @@ def follow(mean: torch.nn.Module, net: torch.nn.Module, keep: float) -> None:
         torch._foreach_lerp_(list(mean.parameters()), list(net.parameters()), 1 - keep)
 
 
-# ---- stage 3: the folder ---------------------------------------------------------------------------------------------
+# ---- stage 4: the folder ---------------------------------------------------------------------------------------------
 
 def export(out: Path, vae: AutoencoderKL, net: Painter, tokenizer: CLIPTokenizer) -> None:
     """Write the Diffusers folder in float16, whole or not at all; the model card and other files in it stay."""
@@ -523,6 +643,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--encoder-steps", type=int, default=480, help="of the autoencoder's steps, how many train the encoder too")
     p.add_argument("--vae-batch", type=int, default=9)
     p.add_argument("--vae-lr", type=float, default=6e-4)
+    p.add_argument("--words-steps", type=int, default=1500)
+    p.add_argument("--words-lr", type=float, default=1e-3)
     p.add_argument("--steps", type=int, default=8000)
     p.add_argument("--small-steps", type=int, default=3000, help="of the steps, how many first see pictures of half the size")
     p.add_argument("--batch", type=int, default=32, help="pictures a step; twice as many at half the size")
@@ -535,7 +657,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--export-s", type=float, default=300, help="seconds between exports")
     p.add_argument("--weights", choices=("mean", "net"), default="mean",
                    help="what the export stage writes: the moving average, or the weights of the last step")
-    p.add_argument("--stage", choices=("vae", "unet", "export"), default="unet", help="stop after this stage; export trains nothing")
+    p.add_argument("--stage", choices=("vae", "words", "unet", "export"), default="unet", help="stop after this stage; export trains nothing")
     return p.parse_args()
 
 
@@ -546,6 +668,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     tokenizer = new_tokenizer(args.run / "tokenizer")
+    if args.stage in ("words", "unet"):
+        train_words(args, tokenizer, device)
+    if args.stage == "words":
+        return
     vae = train_vae(args, device)
     if args.stage == "unet":
         train_unet(args, vae, tokenizer, device)
