@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,6 +34,16 @@ def test_one_seed_draws_the_same_pictures_and_captions() -> None:
 
     assert some(3) == some(3)
     assert some(3) != some(4)
+
+
+def test_prompts_are_the_same_in_every_process() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from score_demo_model import prompts; print([text for _, text, _ in prompts(60)])"
+    said = set()
+    for seed in ("1", "2", "3"):
+        done = subprocess.run([sys.executable, "-c", code, str(ROOT / "tools")], env={**os.environ, "PYTHONHASHSEED": seed},
+                              capture_output=True, text=True, check=True)
+        said.add(done.stdout)
+    assert len(said) == 1
 
 
 def test_held_out_combinations_never_reach_training() -> None:

@@ -167,7 +167,8 @@ def elements(p: Picture) -> set[str]:
 def _scene(p: Picture, rng: random.Random) -> tuple[str, Asked]:
     here = elements(p)
     # A caption may leave a thing out now and then, so that a short prompt still yields a full picture.
-    said = {e for e in here if e in ("house", "boat") or rng.random() < 0.88}
+    # Sorted, because the order of a set of words changes from process to process, and chance with it.
+    said = {e for e in sorted(here) if e in ("house", "boat") or rng.random() < 0.88}
     asked: Asked = {"elements": said}
     if p["time"] == "day" and rng.random() < 0.3:
         when = tag = ""
