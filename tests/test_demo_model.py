@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -95,6 +96,46 @@ def test_scene_elements_are_what_was_drawn() -> None:
     for _ in range(20):
         picture = sample(rng, kind="scene")
         assert elements(picture) - {"sun"} <= see_scene(render(picture))
+
+
+# ---- the training ----------------------------------------------------------------------------------------------------
+
+class FlatPool:
+    """Pictures of one colour, without an autoencoder."""
+
+    def batch(self, rng: random.Random, count: int, drop: float):
+        """Return latents and captions as `train_demo_model.Pool` does."""
+        import torch
+        return torch.full((count, 4, 16, 16), rng.random()), ["a red circle" if rng.random() > drop else "" for _ in range(count)]
+
+
+def test_training_resumes_where_it_stopped(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    import train_demo_model as train
+
+    args = argparse.Namespace(run=tmp_path, seed=0, words_steps=1, words_lr=1e-3, steps=10, lr=1e-3, ema=0.9, threads=1)
+    tokenizer, device = train.new_tokenizer(tmp_path / "tokenizer"), torch.device("cpu")
+    train.train_words(args, tokenizer, device)
+    through = train.Painting(args, tokenizer, device)
+    through.train_step(FlatPool(), 4)
+    through.save()
+    resumed = train.Painting(args, tokenizer, device)
+    assert resumed.step == 1
+    for painting in (through, resumed):
+        painting.train_step(FlatPool(), 4)
+    for name in ("net", "mean"):
+        for one, other in zip(getattr(through, name).parameters(), getattr(resumed, name).parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_over_strong_latents_still_ask_for_the_true_picture() -> None:
+    torch = pytest.importorskip("torch")
+    import train_demo_model as train
+
+    scheduler, z = train.new_scheduler(), torch.randn(64, 4, 8, 8)
+    x, t, _, v, _ = train.noised(scheduler, z, torch.zeros(64, 4))
+    alpha = scheduler.alphas_cumprod[t][:, None, None, None]
+    assert torch.allclose(alpha.sqrt() * x - (1 - alpha).sqrt() * v, z, atol=1e-4)
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
