@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import subprocess
 import sys
@@ -179,16 +178,27 @@ def score(args: argparse.Namespace) -> int:
     pictures = paint([text for _, text, _ in cases], list(range(len(cases))), "")
     verdicts = [judge(p, asked) for p, (_, _, asked) in zip(pictures, cases, strict=True)]
     counts = tally(verdicts)
-    print(f"{len(cases)} held-out prompts, {args.steps} steps, guidance {args.guidance}\n\n{table(counts)}\n")
+    said = [f"{len(cases)} held-out prompts, {args.steps} steps, guidance {args.guidance:g}", table(counts)]
     good = all(counts[n][0] / counts[n][1] >= least for n, least, _ in ROWS if least and counts.get(n))
+    print(*said, "", sep="\n\n")
     if args.sheet:
         sheet(pictures[:80], 10).save(args.sheet)
     if args.failures:
         show_failures(args.failures, cases, pictures, verdicts)
     if not args.quick:
-        good &= extras(args, paint)
+        more, holds = extras(args, paint)
+        print(more)
+        good, said = good and holds, [*said, more]
+    if args.card:
+        write_card(args.folder / "README.md", "\n\n".join(said))
     print(f"\nScored in {time.monotonic() - began:.0f} s.", file=sys.stderr)
     return 0 if good else 1
+
+
+def write_card(path: Path, text: str) -> None:
+    """Put the score between the model card's two marks."""
+    head, _, rest = path.read_text("utf-8").partition("<!-- score -->")
+    path.write_text(f"{head}<!-- score -->\n{text}\n<!-- /score -->{rest.partition('<!-- /score -->')[2]}", "utf-8")
 
 
 def show_failures(path: Path, cases: list[Any], pictures: list[np.ndarray], verdicts: list[dict[str, bool]]) -> None:
@@ -200,8 +210,8 @@ def show_failures(path: Path, cases: list[Any], pictures: list[np.ndarray], verd
         sheet([pictures[k] for k in wrong[:80]], 10).save(path)
 
 
-def extras(args: argparse.Namespace, paint: Paint) -> bool:
-    """Print the measures that are not shares of prompts; return whether all hold."""
+def extras(args: argparse.Namespace, paint: Paint) -> tuple[str, bool]:
+    """Return the measures that are not shares of prompts as a Markdown table, and whether all hold."""
     without, with_it = negative_shares(paint, 24)
     apart, same = seed_difference(paint, 16)
     load, run, memory = measure(args.folder)
@@ -212,10 +222,8 @@ def extras(args: argparse.Namespace, paint: Paint) -> bool:
             ("load and 25 steps at 256x256, two threads", f"{load:.1f} s and {run:.1f} s", load + run <= 5),
             ("resident beyond torch", f"{memory:.0f} MiB", memory <= 600),
             ("size of the folder", f"{size / 1e6:.2f} MB", size <= 8e6)]
-    print("| measure | value | holds |", "|---|---|---|", *(f"| {a} | {b} | {'yes' if c else 'NO'} |" for a, b, c in rows), sep="\n")
-    if args.json:
-        args.json.write_text(json.dumps({a: b for a, b, _ in rows}, indent=2) + "\n", "utf-8")
-    return all(c for _, _, c in rows)
+    lines = ["| measure | value | holds |", "|---|---|---|", *(f"| {a} | {b} | {'yes' if c else 'NO'} |" for a, b, c in rows)]
+    return "\n".join(lines), all(c for _, _, c in rows)
 
 
 def main() -> int:
@@ -228,7 +236,7 @@ def main() -> int:
     p.add_argument("--batch", type=int, default=10, help="pictures painted at once")
     p.add_argument("--sheet", type=Path, help="write a contact sheet of the first 80 pictures")
     p.add_argument("--failures", type=Path, help="print what went wrong and write those pictures as a contact sheet")
-    p.add_argument("--json", type=Path, help="write the measures that are not shares of prompts")
+    p.add_argument("--card", action="store_true", help="write the score into the model card, between its two marks")
     p.add_argument("--quick", action="store_true", help="only the shares of prompts")
     p.add_argument("--self-check", action="store_true", help="score the judge itself, without any model")
     args = p.parse_args()

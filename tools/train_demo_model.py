@@ -1,7 +1,8 @@
 """Train the bundled demo model, from a procedural generator to a Diffusers folder.
 
 Four stages, each resumable from the run folder: ``vae`` (autoencoder), ``words`` (text encoder alone: what does a caption
-say?), ``unet`` (text encoder and denoiser, together, on latents of pictures that are drawn as training goes) and ``export``. Everything that is left to chance comes from ``--seed``.
+say?), ``unet`` (text encoder and denoiser, together, on latents of pictures that are drawn as training goes) and ``export``.
+Everything that is left to chance comes from ``--seed``.
 
     python tools/train_demo_model.py --run run --out colab_gpu/demo_model
 """
@@ -588,7 +589,9 @@ def train_unet(args: argparse.Namespace, vae: AutoencoderKL, tokenizer: CLIPToke
         small = painting.step < args.small_steps
         pool, since = pools[2 if small else 1], painting.step - (0 if small else args.small_steps)
         while len(pool) < min(args.pool, args.first_pool + since * args.growth):
+            torch.set_num_threads(args.threads)
             pool.grow()
+            torch.set_num_threads(1)
         loss = painting.train_step(pool, args.batch * (2 if small else 1))
         noted = loss if not noted else 0.98 * noted + 0.02 * loss
         bar.show(painting.step, f"loss {noted:.4f} pool {len(pool)}{' small' if small else ''}")
@@ -656,7 +659,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--ema", type=float, default=0.998)
     p.add_argument("--pool", type=int, default=40000, help="pictures at most in the latent pool")
     p.add_argument("--first-pool", type=int, default=4096, help="pictures before the first step")
-    p.add_argument("--growth", type=float, default=4.0, help="pictures added a step")
+    p.add_argument("--growth", type=float, default=1.0, help="pictures added a step; encoding one takes as long as learning from it")
     p.add_argument("--save-s", type=float, default=120, help="seconds between checkpoints")
     p.add_argument("--export-s", type=float, default=300, help="seconds between exports")
     p.add_argument("--weights", choices=("mean", "net"), default="mean",
