@@ -276,9 +276,61 @@ def train_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKL:
         if time.monotonic() - saved > 120 or step == args.vae_steps:
             save(path, {"vae": vae.state_dict(), "opt": opt.state_dict(), "step": step})
             saved = time.monotonic()
+    sharpen(args, vae, device)
     vae.eval().requires_grad_(False)
     whiten(vae, args.seed, device)
     return vae
+
+
+def sharpen(args: argparse.Namespace, vae: AutoencoderKL, device: torch.device) -> None:
+    """Train the decoder further, on the busiest parts of pictures: corners and small things come out clean only here."""
+    path, step = args.run / "decoder.pt", 0
+    vae.encoder.requires_grad_(False), vae.quant_conv.requires_grad_(False)
+    net = torch.nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    edges = {vae.decoder.conv_in.weight, vae.decoder.conv_out.weight}
+    inner = [p for p in net.parameters() if p.ndim > 1 and p not in edges]
+    rest = [p for p in net.parameters() if p.ndim == 1 or p in edges]
+    opts = [Muon(inner, args.decoder_lr, weight_decay=0.0), torch.optim.AdamW(rest, args.decoder_lr / 2, betas=(0.9, 0.98), weight_decay=0.0)]
+    if path.exists():
+        state = torch.load(path, map_location=device)
+        net.load_state_dict(state["net"])
+        for opt, kept in zip(opts, state.get("opts", ()), strict=False):
+            opt.load_state_dict(kept)
+        step = state["step"]
+    bar, saved = Progress("decoder", step, args.decoder_steps), time.monotonic()
+    while step < args.decoder_steps:
+        torch.manual_seed(args.seed + step)
+        x = to_tensor(busy_crops(random.Random(f"{args.seed} decoder {step}"), args.vae_batch, 128), device)
+        for opt, rate in zip(opts, (1.0, 0.5), strict=True):
+            opt.zero_grad()
+            for group in opt.param_groups:
+                group["lr"] = args.decoder_lr * rate * warm_cosine(step, args.decoder_steps, 20)
+        with autocast(device):
+            with torch.no_grad():
+                z = vae.quant_conv(vae.encoder(x))[:, :4].float()
+            z = z + 0.1 * torch.rand(len(z), 1, 1, 1, device=device) * torch.randn_like(z)
+            y = vae.decoder(vae.post_quant_conv(z)).float()
+        loss = F.l1_loss(y, x) + F.l1_loss(y.diff(dim=-1), x.diff(dim=-1)) + F.l1_loss(y.diff(dim=-2), x.diff(dim=-2))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(rest, 1.0)
+        for opt in opts:
+            opt.step()
+        step += 1
+        bar.show(step, f"loss {loss.item():.4f}")
+        if time.monotonic() - saved > 120 or step == args.decoder_steps:
+            save(path, {"net": net.state_dict(), "opts": [opt.state_dict() for opt in opts], "step": step})
+            saved = time.monotonic()
+
+
+def busy_crops(rng: random.Random, count: int, side: int) -> np.ndarray:
+    """Return `count` square crops, each the one of four with the most edges in it; a quarter with channels swapped."""
+    out = []
+    for image in draw(rng, count, (256, 256))[1]:
+        corners = [(8 * rng.randint(0, (256 - side) // 8), 8 * rng.randint(0, (256 - side) // 8)) for _ in range(4)]
+        crops = [image[y:y + side, x:x + side].astype(np.int16) for x, y in corners]
+        best = max(crops, key=lambda c: int(np.abs(np.diff(c, axis=0)).sum() + np.abs(np.diff(c, axis=1)).sum()))
+        out.append(best[..., rng.sample((0, 1, 2), 3)] if rng.random() < 0.25 else best)
+    return np.stack(out).astype(np.uint8)
 
 
 def encode(vae: AutoencoderKL, pixels: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -650,15 +702,17 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--encoder-steps", type=int, default=480, help="of the autoencoder's steps, how many train the encoder too")
     p.add_argument("--vae-batch", type=int, default=9)
     p.add_argument("--vae-lr", type=float, default=6e-4)
-    p.add_argument("--words-steps", type=int, default=1500)
+    p.add_argument("--decoder-steps", type=int, default=2000, help="steps of the decoder alone, after the autoencoder's")
+    p.add_argument("--decoder-lr", type=float, default=1.5e-3)
+    p.add_argument("--words-steps", type=int, default=800)
     p.add_argument("--words-lr", type=float, default=1e-3)
-    p.add_argument("--steps", type=int, default=8000)
-    p.add_argument("--small-steps", type=int, default=3000, help="of the steps, how many first see pictures of half the size")
+    p.add_argument("--steps", type=int, default=7000)
+    p.add_argument("--small-steps", type=int, default=1900, help="of the steps, how many first see pictures of half the size")
     p.add_argument("--batch", type=int, default=32, help="pictures a step; twice as many at half the size")
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--ema", type=float, default=0.998)
     p.add_argument("--pool", type=int, default=40000, help="pictures at most in the latent pool")
-    p.add_argument("--first-pool", type=int, default=4096, help="pictures before the first step")
+    p.add_argument("--first-pool", type=int, default=5000, help="pictures before the first step")
     p.add_argument("--growth", type=float, default=1.0, help="pictures added a step; encoding one takes as long as learning from it")
     p.add_argument("--save-s", type=float, default=120, help="seconds between checkpoints")
     p.add_argument("--export-s", type=float, default=300, help="seconds between exports")
