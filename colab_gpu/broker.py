@@ -19,8 +19,8 @@ log = logging.getLogger("colab_gpu.broker")
 # %% auto #0
 __all__ = ['log', 'EVENT_KINDS', 'T', 'Policy', 'At', 'submit', 'Ask', 'lease', 'check_claim', 'extend', 'finish', 'add_artifact',
            'fail', 'backoff_s', 'release', 'cancel', 'retry', 'reap', 'Waiters', 'Event', 'Channel', 'check_events',
-           'WorkerSeen', 'Roster', 'LoopTicket', 'Beat', 'Broker', 'lease_within', 'heartbeat', 'watchers_of',
-           'ended_within', 'watch', 'Order', 'orders_within', 'reap_forever', 'standing']
+           'WorkerSeen', 'Roster', 'LoopTicket', 'Beat', 'Broker', 'lease_within', 'heartbeat', 'watchers_of', 'Order',
+           'orders_within', 'ended_within', 'watch', 'reap_forever', 'standing']
 
 # %% ../nbs/05_broker.ipynb #c69ce7f3
 @dataclass(frozen=True)
@@ -696,6 +696,50 @@ def _sweep(broker: Broker, now: float) -> None:
     for job_id, channel in list(broker.channels.items()):
         if not channel.watchers and channel.idle_since is not None and now - channel.idle_since > 60: del broker.channels[job_id]
 
+# %% ../nbs/05_broker.ipynb #65dbbc38
+@dataclass(frozen=True)
+class Order:
+    "What a worker should know about one of its jobs."
+    job_id: str
+    cancel_requested: bool
+    watchers: int
+
+async def orders_within(broker: Broker, ask: Ask, wait_s: float = 0, canceled: Iterable[str] = (), watched: Iterable[str] = (),
+                        draining: bool = False) -> tuple[list[Order], bool]:
+    """What the worker of `ask` doesn't know yet, as soon as there is something; after `wait_s` seconds, nothing. And whether it should drain.
+
+    Parameters
+    ----------
+    canceled, watched: ids of its jobs that it knows to be canceled, or watched. draining: it knows that it should drain.
+    """
+    # After a restart of the server a worker that is busy is met here first.
+    worker = broker.roster.workers.get(ask.instance or ask.worker) or broker.roster.meet(ask, broker.now_ms())
+    ear, deadline, canceled, watched = asyncio.Event(), broker.clock() + wait_s, frozenset(canceled), frozenset(watched)
+    worker.ears.add(ear)
+    try:
+        while True:
+            ear.clear()
+            worker.seen_ms = broker.now_ms()
+            orders = [o for o in _orders(broker, worker) if o.cancel_requested > (o.job_id in canceled) or bool(o.watchers) != (o.job_id in watched)]
+            left, drain = deadline - broker.clock(), worker.draining and not draining
+            if orders or drain or left <= 0 or broker.closing: return orders, drain
+            try: await asyncio.wait_for(ear.wait(), left)
+            except TimeoutError: pass
+    finally: worker.ears.discard(ear)
+
+def _orders(broker: Broker, worker: WorkerSeen) -> list[Order]:
+    out = []
+    for job in broker.read(lambda r: [r.get(job_id) for job_id in worker.jobs]):
+        if job is None or job.status != "leased" or broker.roster.holder(job) is not worker: continue
+        out.append(Order(job.id, job.cancel_requested, watchers_of(broker, job.id)))
+    return out
+
+def _tell_holder(broker: Broker, job: Job) -> None:
+    "There may be news for the worker that has `job`."
+    worker = broker.roster.holder(job)
+    if worker is not None:
+        for ear in worker.ears: ear.set()
+
 # %% ../nbs/05_broker.ipynb #cc5500d5
 async def ended_within(broker: Broker, job_id: str, wait_s: float) -> Job:
     "The job, as soon as it has ended, or after `wait_s` seconds as it is then. Raises `JobNotFound`."
@@ -750,50 +794,6 @@ def _resumed(broker: Broker, channel: Channel, after: str | None) -> int:
     boot, _, number = (after or "").partition("-")
     known = boot == broker.boot and number.isdecimal() and len(number) < 16 and int(number) <= channel.last_number
     return int(number) if known else 0
-
-# %% ../nbs/05_broker.ipynb #65dbbc38
-@dataclass(frozen=True)
-class Order:
-    "What a worker should know about one of its jobs."
-    job_id: str
-    cancel_requested: bool
-    watchers: int
-
-async def orders_within(broker: Broker, ask: Ask, wait_s: float = 0, canceled: Iterable[str] = (), watched: Iterable[str] = (),
-                        draining: bool = False) -> tuple[list[Order], bool]:
-    """What the worker of `ask` doesn't know yet, as soon as there is something; after `wait_s` seconds, nothing. And whether it should drain.
-
-    Parameters
-    ----------
-    canceled, watched: ids of its jobs that it knows to be canceled, or watched. draining: it knows that it should drain.
-    """
-    # After a restart of the server a worker that is busy is met here first.
-    worker = broker.roster.workers.get(ask.instance or ask.worker) or broker.roster.meet(ask, broker.now_ms())
-    ear, deadline, canceled, watched = asyncio.Event(), broker.clock() + wait_s, frozenset(canceled), frozenset(watched)
-    worker.ears.add(ear)
-    try:
-        while True:
-            ear.clear()
-            worker.seen_ms = broker.now_ms()
-            orders = [o for o in _orders(broker, worker) if o.cancel_requested > (o.job_id in canceled) or bool(o.watchers) != (o.job_id in watched)]
-            left, drain = deadline - broker.clock(), worker.draining and not draining
-            if orders or drain or left <= 0 or broker.closing: return orders, drain
-            try: await asyncio.wait_for(ear.wait(), left)
-            except TimeoutError: pass
-    finally: worker.ears.discard(ear)
-
-def _orders(broker: Broker, worker: WorkerSeen) -> list[Order]:
-    out = []
-    for job in broker.read(lambda r: [r.get(job_id) for job_id in worker.jobs]):
-        if job is None or job.status != "leased" or broker.roster.holder(job) is not worker: continue
-        out.append(Order(job.id, job.cancel_requested, watchers_of(broker, job.id)))
-    return out
-
-def _tell_holder(broker: Broker, job: Job) -> None:
-    "There may be news for the worker that has `job`."
-    worker = broker.roster.holder(job)
-    if worker is not None:
-        for ear in worker.ears: ear.set()
 
 # %% ../nbs/05_broker.ipynb #8889971d
 async def reap_forever(broker: Broker, every_s: float = 0.25) -> None:
