@@ -533,6 +533,8 @@ class Broker:
                 if not future.done(): future.set_result(None)
         for channel in self.channels.values():
             for watcher in channel.watchers: watcher.set()
+        for worker in self.roster.workers.values():
+            for ear in worker.ears: ear.set()
 
     def now_ms(self) -> int: return int(self.clock() * 1000)
     def bind(self) -> None:

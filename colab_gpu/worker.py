@@ -22,9 +22,9 @@ from .jobs import Executor
 # %% auto #0
 __all__ = ['QUICK_S', 'BURST', 'T', 'Outbox', 'proper', 'Grant', 'Run', 'data_url', 'Heart', 'Pulse', 'Ear', 'failure', 'scrub',
            'Turn', 'Worker', 'choose', 'ask', 'takes', 'identity', 'introduction', 'loaded', 'trouble', 'unheard',
-           'perform', 'attempt', 'outcome', 'plain', 'insist', 'upload', 'deliver', 'inline_picture', 'report', 'lost',
-           'hand_back', 'hand_back_all', 'serve', 'parts', 'carry_out', 'conclude', 'side_by_side', 'repeat', 'stop',
-           'start_worker', 'stop_worker', 'run_until_interrupted']
+           'perform', 'attempt', 'outcome', 'plain', 'insist', 'upload', 'deliver', 'inline_picture', 'report', 'ended',
+           'lost', 'hand_back', 'hand_back_all', 'serve', 'parts', 'carry_out', 'conclude', 'side_by_side', 'repeat',
+           'stop', 'start_worker', 'stop_worker', 'run_until_interrupted']
 
 # %% ../nbs/16_worker.ipynb #5fde8625
 class Outbox:
@@ -126,11 +126,13 @@ class Run:
     Attributes
     ----------
     step, total, phase, preview: the newest progress. watchers: how many follow the job at the server. look: whether somebody looks at
-    this worker's own panel. why: `None`, or why the run should stop: `stopping`, `canceled`, `lost`. over: nothing more is to be said about it.
+    this worker's own panel. why: `None`, or why the run should stop: `stopping`, `canceled`, `lost`. shared: it shares a call
+    with others. heeded: in a shared call, the executor was told of its cancel. settled: that has been reported. over: nothing more is to be said.
     """
     def __init__(self, grant: Grant, look: Callable[[], bool] = lambda: False, first_seq: int = 0, ring: Callable[[], Any] = lambda: None) -> None:
         self.grant, self.look, self.outbox = grant, look, Outbox(first_seq, ring=ring)
         self.step, self.total, self.phase, self.watchers, self.over = 0, 0, "starting", grant.watchers, False
+        self.shared = self.heeded = self.settled = False
         self.preview: bytes | None = None
         self.artifacts: dict[str, tuple[bytes, str]] = {}
         self.why: str | None = None
@@ -172,7 +174,11 @@ class Run:
         return before != (bool(self.watchers), self.why)
     def check(self) -> None:
         "Raise `Interrupted` when the job was canceled, the lease was lost or the worker stops."
-        if self.why is not None: raise Interrupted(self.reason)
+        if self.why is None: return
+        if self.shared and self.why == "canceled" and not self.heeded:
+            self.heeded = True
+            self.outbox.ring()
+        raise Interrupted(self.reason)
 
 def data_url(data: bytes, content_type: str) -> str:
     "Bytes as a base64 data URL (RFC 2397)."
@@ -194,12 +200,13 @@ class Heart:
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.transport, self.run, self.say, self.on_drain, self.clock = transport, run, say, on_drain, clock
         self.began = self.last = self.paid = clock()
-        self.until, self.next, self.failures = self.began + run.grant.lease_s, self.began + run.grant.heartbeat_s, 0
+        self.until, self.next, self.failures, self._tried = self.began + run.grant.lease_s, self.began + run.grant.heartbeat_s, 0, False
         self._beating = threading.Lock()  # one heartbeat at a time: `flush` beats from the run's own thread
 
     def due(self) -> float:
         "When the next beat is due, on the clock."
-        if self.run.over: return math.inf
+        if self.run.over or self.run.settled: return math.inf
+        if self.run.heeded and not self._tried: return -math.inf
         return min(self.next, self.soon()) if self.run.outbox.news and not self.failures else self.next
     def soon(self) -> float:
         "When the next beat is due if there is news."
@@ -210,7 +217,8 @@ class Heart:
         "Send one heartbeat; returns the seconds until the next at the latest."
         run, outbox, grant = self.run, self.run.outbox, self.run.grant
         with self._beating:
-            if run.over: return math.inf
+            if run.heeded and not self._tried: self._settle()
+            if run.over or run.settled: return math.inf
             outbox.news = False
             body = {"leaseToken": grant.token, "events": outbox.take(watched=run.watchers > 0)}
             read_s = max(5.0, min(15.0, grant.lease_s / 3))
@@ -223,6 +231,14 @@ class Heart:
             self.last = self.clock()
             self.next, self.paid = self.last + pause, max(self.last, self.paid) + QUICK_S
             return pause
+
+    def _settle(self) -> None:
+        "Report a canceled job at once: the call that it shared with others may go on for long."
+        body = {"leaseToken": self.run.grant.token, **failure(Interrupted(self.run.reason), self.run.grant.tool)}
+        self._tried = True
+        try: self.transport.call("POST", f"{self.run.grant.path}/complete", body=body, connect_s=5, read_s=10)
+        except ColabGPUError: return  # it is reported when the call ends
+        self.run.settled = True
 
     def _answered(self, answer: Mapping[str, Any]) -> None:
         if self.failures: self.say(f"[worker] The server answers again; job {self.run.job_id} goes on.")
@@ -582,6 +598,7 @@ def perform(worker: Worker, runs: Sequence[Run]) -> list[dict[str, Any]]:
     if executor is None:
         detail = f"This worker has no tool {tool}; it has {', '.join(worker.executors)}."
         return [{"status": "error", "kind": "invalid_input", "detail": detail} for _ in runs]
+    for run in ready: run.shared = len(ready) > 1
     results = dict(zip([run.job_id for run in ready], attempt(executor, ready), strict=True))
     for error in {id(r): r for r in results.values() if isinstance(r, BaseException) and not isinstance(r, ColabGPUError)}.values():
         worker.log("".join(traceback.format_exception(error)).rstrip())
@@ -674,6 +691,10 @@ def report(worker: Worker, run: Run, body: dict[str, Any]) -> Turn:
             body = {"status": "error", "kind": "transient", "retryable": False, "detail": f"The server refused the result: {e}"}
             deliver(worker, run, body)
     except ColabGPUError as e: return lost(worker, run, str(e))
+    return ended(worker, run, body)
+
+def ended(worker: Worker, run: Run, body: Mapping[str, Any]) -> Turn:
+    "The server has the run's end."
     if body["status"] == "completed":
         worker.count("completed")
         worker.log(f"[worker] Completed job {run.job_id}")
@@ -743,7 +764,7 @@ def conclude(worker: Worker, run: Run, body: dict[str, Any]) -> Turn:
     "Report a run's end; never raises an `Exception`."
     try:
         worker.pulse.flush(run)
-        turn = report(worker, run, body)
+        turn = ended(worker, run, {"status": "error", "detail": run.reason}) if run.settled else report(worker, run, body)
     except Exception as e:  # a bug; the others' results are no worse for it
         worker.log(traceback.format_exc().rstrip())
         worker.last_error = scrub(f"{type(e).__name__}: {e}", worker.secrets)
