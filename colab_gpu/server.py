@@ -391,6 +391,7 @@ async def sse(broker: Broker, job_id: str, after: str | None) -> AsyncIterator[b
 def add_worker_routes(app: App) -> None:
     "Lease, heartbeat, upload, complete, release."
     _leasing(app)
+    _ordering(app)
     _uploading(app)
     _ending(app)
 
@@ -416,18 +417,6 @@ def _leasing(app: App) -> None:
         return json_response({"leaseSeconds": answer.lease_s, "cancelRequested": answer.cancel_requested, "drain": answer.drain,
                               "watchers": answer.watchers})
 
-    @app.route("GET", "/gpu-jobs/orders", "worker", "Wait for news of the jobs under way: cancels, watchers", waits=True,
-               query={"worker": "label", "wait": "seconds, 0 to 55", "tools": "comma list", "tags": "comma list",
-                      "canceled": "ids of jobs known to be canceled", "watched": "ids of jobs known to be watched",
-                      "draining": "1 when the worker knows that it should drain"})
-    async def wait_for_orders(request: Request) -> Response:
-        ask, wait, draining = read_ask(request), query_number(request, "wait", 0, 0, 55), request.query.get("draining") == "1"
-        canceled, watched = (query_words(request, name) or () for name in ("canceled", "watched"))
-        orders, drain = await orders_within(broker, ask, wait, canceled, watched, draining)
-        if not orders and not drain: return Response(status=204)
-        jobs = [{"id": o.job_id, "cancelRequested": o.cancel_requested, "watchers": o.watchers} for o in orders]
-        return json_response({"jobs": jobs, "drain": drain})
-
 def lease_dict(job: Job, watchers: int = 0) -> dict[str, Any]:
     "A lease on the wire, and how many follow the job already. Three heartbeats fit into it."
     return {"token": job.lease_token, "seconds": job.lease_s, "heartbeatSeconds": round((job.lease_s or 0) / 3, 3), "watchers": watchers}
@@ -441,6 +430,22 @@ async def worker_body(app: App, request: Request) -> dict[str, Any]:
 def token_of(body: Mapping[str, Any]) -> str | None:
     "The `leaseToken` of a body; `None` when there is none. Raises `InvalidPayload`."
     return read_text(body, "leaseToken", most=200)
+
+# %% ../nbs/08_server.ipynb #97b57f61
+def _ordering(app: App) -> None:
+    broker = app.broker
+
+    @app.route("GET", "/gpu-jobs/orders", "worker", "Wait for news of the jobs under way: cancels, watchers", waits=True,
+               query={"worker": "label", "wait": "seconds, 0 to 55", "tools": "comma list", "tags": "comma list",
+                      "canceled": "ids of jobs known to be canceled", "watched": "ids of jobs known to be watched",
+                      "draining": "1 when the worker knows that it should drain"})
+    async def wait_for_orders(request: Request) -> Response:
+        ask, wait, draining = read_ask(request), query_number(request, "wait", 0, 0, 55), request.query.get("draining") == "1"
+        canceled, watched = (query_words(request, name) or () for name in ("canceled", "watched"))
+        orders, drain = await orders_within(broker, ask, wait, canceled, watched, draining)
+        if not orders and not drain: return Response(status=204)
+        jobs = [{"id": o.job_id, "cancelRequested": o.cancel_requested, "watchers": o.watchers} for o in orders]
+        return json_response({"jobs": jobs, "drain": drain})
 
 # %% ../nbs/08_server.ipynb #ad3bb37e
 def _uploading(app: App) -> None:

@@ -20,18 +20,15 @@ from .errors import (AccessDenied, ColabGPUError, ConnectionFailed, ExecutionErr
 from .jobs import Executor
 
 # %% auto #0
-__all__ = ['QUICK_S', 'BURST', 'T', 'Outbox', 'proper', 'Grant', 'Run', 'data_url', 'Heart', 'Pulse', 'Ear', 'failure', 'scrub',
-           'Turn', 'Worker', 'choose', 'ask', 'takes', 'identity', 'introduction', 'loaded', 'trouble', 'unheard',
-           'perform', 'attempt', 'outcome', 'plain', 'insist', 'upload', 'deliver', 'inline_picture', 'report', 'ended',
-           'lost', 'hand_back', 'hand_back_all', 'serve', 'parts', 'carry_out', 'conclude', 'side_by_side', 'repeat',
-           'stop', 'start_worker', 'stop_worker', 'run_until_interrupted']
+__all__ = ['QUICK_S', 'BURST', 'T', 'Outbox', 'proper', 'Grant', 'Run', 'data_url', 'Heart', 'Pulse', 'flush', 'Ear', 'hear',
+           'standing', 'failure', 'scrub', 'Turn', 'Worker', 'choose', 'ask', 'takes', 'identity', 'introduction',
+           'loaded', 'trouble', 'unheard', 'perform', 'attempt', 'outcome', 'plain', 'insist', 'upload', 'deliver',
+           'inline_picture', 'report', 'ended', 'lost', 'hand_back', 'hand_back_all', 'serve', 'parts', 'carry_out',
+           'conclude', 'side_by_side', 'repeat', 'stop', 'start_worker', 'stop_worker', 'run_until_interrupted']
 
 # %% ../nbs/16_worker.ipynb #5fde8625
 class Outbox:
-    """The events of one run that wait to be sent. Written by the run, emptied by its heart.
-
-    `news`: whether something was said since the heart last cleared it. `ring`: called when that becomes true.
-    """
+    "The events of one run that wait to be sent; `ring` is called when there is `news`. Written by the run, emptied by its heart."
     def __init__(self, first_seq: int = 0, most_logs: int = 200, ring: Callable[[], Any] = lambda: None) -> None:
         self._waiting: list[dict[str, Any]] = []
         self._flying: list[dict[str, Any]] = []
@@ -74,6 +71,7 @@ class Outbox:
     def __len__(self) -> int:
         with self._lock: return len(self._waiting) + len(self._flying)
 
+# %% ../nbs/16_worker.ipynb #257d1a0c
 def proper(text: Any) -> str:
     "Text that can be sent: half characters (lone surrogates), which models make at times, become question marks."
     return str(text).encode("utf-8", "replace").decode()
@@ -180,6 +178,7 @@ class Run:
             self.outbox.ring()
         raise Interrupted(self.reason)
 
+# %% ../nbs/16_worker.ipynb #12d8603c
 def data_url(data: bytes, content_type: str) -> str:
     "Bytes as a base64 data URL (RFC 2397)."
     return f"data:{content_type};base64,{base64.b64encode(data).decode()}"
@@ -309,10 +308,11 @@ class Pulse:
             heart.say(traceback.format_exc().rstrip())
             heart.next = self.clock() + min(heart.run.grant.heartbeat_s, 10)
 
-    def flush(self, run: Run) -> None:
-        "Send what a run has left to say."
-        for heart in self.hearts:
-            if heart.run is run: heart.flush()
+# %% ../nbs/16_worker.ipynb #dc2829eb
+def flush(pulse: Pulse, run: Run) -> None:
+    "Send what a run has left to say."
+    for heart in pulse.hearts:
+        if heart.run is run: heart.flush()
 
 # %% ../nbs/16_worker.ipynb #c0dc63c6
 class Ear:
@@ -337,7 +337,7 @@ class Ear:
 
     def _repeat(self) -> None:
         while True:
-            try: pause = self.hear()
+            try: pause = hear(self)
             except Exception:  # a bug, or an answer that is none: the heartbeats bring the same
                 self.worker.log(traceback.format_exc().rstrip())
                 self.deaf, pause = True, 0
@@ -347,33 +347,34 @@ class Ear:
                     self._thread = None
                     return
 
-    def hear(self) -> float:
-        "Ask once, and pass on what was heard; how long to wait before asking again, seconds."
-        worker, began = self.worker, self.worker.clock()
-        runs = {run.job_id: run for run in worker.runs}
-        known = {"canceled": [i for i, run in runs.items() if run.why in ("canceled", "lost")],
-                 "watched": [i for i, run in runs.items() if run.watchers], "tools": worker.executors, "tags": worker.tags}
-        query = {"worker": worker.id, "wait": f"{worker.wait_s:g}", "draining": "1" if worker.draining.is_set() else "",
-                 **{name: ",".join(words) for name, words in known.items()}}
-        try:
-            answer = self.transport.call("GET", "/gpu-jobs/orders", params={k: v for k, v in query.items() if v}, read_s=worker.wait_s + 15,
-                                         headers={"X-Protocol": "1", "X-Worker-Instance": worker.instance})
-        except RequestError:
-            self.deaf = True  # it has no such route, or not for us
-            return 0
-        except ColabGPUError:
-            self.failures += 1  # the heartbeats say so
-            return backoff_s(self.failures, 1, 30)
-        self.failures = 0
-        return self._obey(answer or {}, worker.clock() - began < worker.wait_s / 2)
+# %% ../nbs/16_worker.ipynb #75f2eed1
+def hear(ear: Ear) -> float:
+    "Ask once for orders, and pass them on; how long to wait before asking again, seconds."
+    worker, began = ear.worker, ear.worker.clock()
+    try:
+        answer = ear.transport.call("GET", "/gpu-jobs/orders", params=standing(worker), read_s=worker.wait_s + 15,
+                                    headers={"X-Protocol": "1", "X-Worker-Instance": worker.instance}) or {}
+    except RequestError:
+        ear.deaf = True  # it has no such route, or not for us
+        return 0
+    except ColabGPUError:
+        ear.failures += 1  # the heartbeats say so
+        return backoff_s(ear.failures, 1, 30)
+    ear.failures = 0
+    if answer.get("drain"): worker.drain()
+    runs, orders = {run.job_id: run for run in worker.runs}, answer.get("jobs") or []
+    for order in orders:
+        if run := runs.get(order.get("id")): run.told(order.get("watchers"), order.get("cancelRequested"))
+    heeded = orders and all(order.get("id") in runs for order in orders)
+    return 0 if heeded or worker.clock() - began >= worker.wait_s / 2 else QUICK_S
 
-    def _obey(self, answer: Mapping[str, Any], early: bool) -> float:
-        if answer.get("drain"): self.worker.drain()
-        runs, orders = {run.job_id: run for run in self.worker.runs}, answer.get("jobs") or []
-        for order in orders:
-            if run := runs.get(order.get("id")): run.told(order.get("watchers"), order.get("cancelRequested"))
-        # An order to a job that isn't here would be given again and again: its grant is on the way, or was lost.
-        return QUICK_S if early and not (orders and all(order.get("id") in runs for order in orders)) else 0
+def standing(worker: Worker) -> dict[str, str]:
+    "The query of a question for orders: who asks, and what it knows."
+    known = {"canceled": [run.job_id for run in worker.runs if run.why in ("canceled", "lost")],
+             "watched": [run.job_id for run in worker.runs if run.watchers], "tools": worker.executors, "tags": worker.tags}
+    query = {"worker": worker.id, "wait": f"{worker.wait_s:g}", "draining": "1" if worker.draining.is_set() else "",
+             **{name: ",".join(words) for name, words in known.items()}}
+    return {name: value for name, value in query.items() if value}
 
 # %% ../nbs/16_worker.ipynb #90efd9b1
 def failure(error: BaseException, tool: str) -> dict[str, Any]:
@@ -712,6 +713,7 @@ def lost(worker: Worker, run: Run, why: str) -> Turn:
                f"[worker] The result of job {run.job_id} was not taken: {why}")
     return Turn("lost", run.job_id, why)
 
+# %% ../nbs/16_worker.ipynb #8fcc3493
 def hand_back(worker: Worker, grant: Grant) -> Turn:
     "Release a job, so that another worker can have it at once, its attempt unspent."
     worker.count("released")
@@ -754,6 +756,7 @@ def parts(worker: Worker, runs: Iterable[Run]) -> Iterator[list[Run]]:
         most, rest = min(worker.max_batch, takes(worker.executors.get(tool))), list(same)
         for i in range(0, len(rest), most): yield rest[i:i + most]
 
+# %% ../nbs/16_worker.ipynb #89c4251f
 def carry_out(worker: Worker, runs: Sequence[Run], later: bool = False) -> list[Turn]:
     "Perform runs that share a call, and report each; `later`: not the first call for these grants."
     if later and worker.draining.is_set():
@@ -763,7 +766,7 @@ def carry_out(worker: Worker, runs: Sequence[Run], later: bool = False) -> list[
 def conclude(worker: Worker, run: Run, body: dict[str, Any]) -> Turn:
     "Report a run's end; never raises an `Exception`."
     try:
-        worker.pulse.flush(run)
+        flush(worker.pulse, run)
         turn = ended(worker, run, {"status": "error", "detail": run.reason}) if run.settled else report(worker, run, body)
     except Exception as e:  # a bug; the others' results are no worse for it
         worker.log(traceback.format_exc().rstrip())
