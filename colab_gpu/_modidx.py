@@ -811,6 +811,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'colab_gpu.worker._ended_within': ('worker.html#_ended_within', 'colab_gpu/worker.py'),
                                   'colab_gpu.worker._interrupt': ('worker.html#_interrupt', 'colab_gpu/worker.py'),
                                   'colab_gpu.worker._joined': ('worker.html#_joined', 'colab_gpu/worker.py'),
+                                  'colab_gpu.worker.accelerator': ('worker.html#accelerator', 'colab_gpu/worker.py'),
                                   'colab_gpu.worker.ask': ('worker.html#ask', 'colab_gpu/worker.py'),
                                   'colab_gpu.worker.attempt': ('worker.html#attempt', 'colab_gpu/worker.py'),
                                   'colab_gpu.worker.carry_out': ('worker.html#carry_out', 'colab_gpu/worker.py'),

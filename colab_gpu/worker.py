@@ -22,9 +22,10 @@ from .jobs import Executor
 # %% auto #0
 __all__ = ['QUICK_S', 'BURST', 'T', 'Outbox', 'proper', 'Grant', 'Run', 'data_url', 'Heart', 'Pulse', 'flush', 'Ear', 'hear',
            'standing', 'failure', 'scrub', 'Turn', 'Worker', 'choose', 'ask', 'takes', 'identity', 'introduction',
-           'loaded', 'trouble', 'unheard', 'perform', 'attempt', 'outcome', 'plain', 'insist', 'upload', 'deliver',
-           'inline_picture', 'report', 'ended', 'lost', 'hand_back', 'hand_back_all', 'serve', 'parts', 'carry_out',
-           'conclude', 'side_by_side', 'repeat', 'stop', 'start_worker', 'stop_worker', 'run_until_interrupted']
+           'accelerator', 'loaded', 'trouble', 'unheard', 'perform', 'attempt', 'outcome', 'plain', 'insist', 'upload',
+           'deliver', 'inline_picture', 'report', 'ended', 'lost', 'hand_back', 'hand_back_all', 'serve', 'parts',
+           'carry_out', 'conclude', 'side_by_side', 'repeat', 'stop', 'start_worker', 'stop_worker',
+           'run_until_interrupted']
 
 # %% ../nbs/16_worker.ipynb #5fde8625
 class Outbox:
@@ -552,12 +553,17 @@ def introduction(worker: Worker, wait_s: float | None = None, most: int | None =
     "The query of a question for work: who asks, for what, for how many jobs, and how long it can wait."
     batches = [takes(e) for e in worker.executors.values() if hasattr(e, "run_batch")]
     models = [m for e in worker.executors.values() for m in loaded(e)]
-    info = worker.info() if callable(worker.info) else worker.info or {}
+    info = {name: str(value)[:100] for name, value in accelerator(worker).items() if value is not None}
     query = {"worker": worker.id, "wait": f"{worker.wait_s if wait_s is None else wait_s:g}", "tools": ",".join(worker.executors),
              "tags": ",".join(worker.tags), "models": ",".join(models), "accelerator": info.get("accelerator"), "memory": info.get("memory"),
              "standby": worker.standby_s, "max": min(most or 16, worker.max_batch, max(batches)) if batches else None,
              "sessionLeft": None if worker.session_end is None else max(0, round(worker.session_end - worker.clock()))}
     return {name: value for name, value in query.items() if value not in (None, "")}
+
+def accelerator(worker: Worker) -> Mapping[str, Any]:
+    "What to tell of this machine, as far as it is known just now."
+    try: return worker.info() if callable(worker.info) else worker.info or {}
+    except ColabGPUError: return {}
 
 def loaded(executor: Executor) -> Iterable[str]:
     "The names of the models that an executor has loaded, as far as it says."

@@ -7,8 +7,9 @@ from conftest import TOKEN
 from processes import Wire, eventually, png, start_reference, start_server, start_worker_process
 from test_worker import Quick, serve, worker_for
 
+from colab_gpu.cli import build_parser
 from colab_gpu.client import Client, Transport
-from colab_gpu.errors import Interrupted, InvalidPayload, MissingToken, OutOfMemory
+from colab_gpu.errors import Interrupted, InvalidPayload, InvalidSetting, MissingToken, OutOfMemory
 from colab_gpu.worker import Grant
 from colab_gpu.worker import serve as serve_grants
 
@@ -129,6 +130,11 @@ def test_the_executor_and_the_setting_limit_a_batch(server, client, most, limit,
     for _ in calls: assert worker.turn().did == "completed"
     assert canvas.calls == calls and set(states(jobs).values()) == {"completed"}
     assert ("batch_size" in jobs[1].result) == (len(calls[0]) > 1)
+
+
+def test_the_command_line_limits_a_batch():
+    assert build_parser().parse_args(["worker", "--max-batch", "3"]).max_batch == 3
+    with pytest.raises(InvalidSetting, match="WORKER_MAX_BATCH"): worker_for("http://127.0.0.1:9", Canvas(), WORKER_MAX_BATCH=17)
 
 
 def test_what_run_batch_raises_is_each_jobs_failure(server, client):
