@@ -560,6 +560,7 @@ def introduction(worker: Worker, wait_s: float | None = None, most: int | None =
              "sessionLeft": None if worker.session_end is None else max(0, round(worker.session_end - worker.clock()))}
     return {name: value for name, value in query.items() if value not in (None, "")}
 
+# %% ../nbs/16_worker.ipynb #b73ac1c0
 def accelerator(worker: Worker) -> Mapping[str, Any]:
     "What to tell of this machine, as far as it is known just now."
     try: return worker.info() if callable(worker.info) else worker.info or {}

@@ -75,7 +75,7 @@ def test_one_is_canceled_one_fails_one_is_lost_one_completes(tmp_path):
     with start_server(tmp_path / "data", GPU_HEARTBEAT_LEASE_SECONDS=1) as server, Client(server.url, "") as client:
         jobs, canvas, turns = submit(client, 1, 2, 13, 4, maxAttempts=1), Canvas(), []
         worker = worker_for(server.url, canvas)
-        thread = threading.Thread(target=lambda: turns.append(worker.turn()))
+        thread = threading.Thread(target=lambda: turns.append(worker.turn()), daemon=True)
         thread.start()
         canvas.running.wait(60)
         assert canvas.calls == [[1, 2, 13, 4]] and [j["id"] for j in worker.snapshot()["jobs"]] == [job.id for job in jobs.values()]
@@ -107,7 +107,7 @@ def test_each_job_has_its_own_previews_and_files(server, client):
     seen = {n: [] for n in jobs}
     def follow(n):
         for event in jobs[n].events(): seen[n].append(event)
-    threads = [threading.Thread(target=follow, args=(n,)) for n in (1, 3)]
+    threads = [threading.Thread(target=follow, args=(n,), daemon=True) for n in (1, 3)]
     for thread in threads: thread.start()
     eventually(lambda: len([c for c in server.app.broker.channels.values() if c.watchers]) == 2, "two watchers")
     worker = worker_for(server.url, canvas).start()
@@ -234,7 +234,7 @@ def test_draining_finishes_the_call_and_hands_back_what_has_not_begun(server, cl
     canvas, jobs = Canvas(), submit(client, 1, 2, 3, 4)
     canvas.batch_size = iter([4, 2]).__next__  # it asks for four, then finds that it takes two
     worker = worker_for(server.url, canvas)
-    thread = threading.Thread(target=worker.turn)
+    thread = threading.Thread(target=worker.turn, daemon=True)
     thread.start()
     canvas.running.wait(60)
     worker.drain()
