@@ -1,5 +1,6 @@
 """Batches, and orders, in real processes and over real sockets: what happens to one job of a batch never happens to another."""
 
+import random
 import threading
 
 import pytest
@@ -201,6 +202,12 @@ def test_a_batch_whose_answer_is_lost_is_had_again(server, client):
     assert canvas.calls == [[1], [2], [3]] and {job.refresh().data["attempts"] for job in jobs.values()} == {1}
 
 
+def test_once_means_one_job(server, client):
+    jobs, canvas = submit(client, 1, 2), Canvas(held=False)
+    assert worker_for(server.url, canvas).loop(once=True).did == "completed"
+    assert states(jobs) == {1: "completed", 2: "queued"}
+
+
 # ---- the worker goes away
 
 
@@ -242,6 +249,14 @@ def test_draining_finishes_the_call_and_hands_back_what_has_not_begun(server, cl
     thread.join(60)
     assert canvas.calls == [[1, 2]] and states(jobs) == {1: "completed", 2: "completed", 3: "queued", 4: "queued"}
     assert {jobs[n].data["attempts"] for n in (3, 4)} == {0} and worker.counts == {"completed": 2, "failed": 0, "released": 2, "lost": 0}
+
+
+def test_an_interrupt_in_the_foreground_hands_the_batch_back(server, client):
+    class Interrupt(Canvas):
+        def run_batch(self, jobs): raise KeyboardInterrupt
+    jobs, worker = submit(client, 1, 2, 3), worker_for(server.url, Interrupt())
+    with pytest.raises(KeyboardInterrupt): worker.turn()
+    assert set(states(jobs).values()) == {"queued"} and {job.data["attempts"] for job in jobs.values()} == {0} and worker.runs == ()
 
 
 # ---- the reference's server
@@ -348,6 +363,17 @@ def test_orders_are_for_the_worker_that_has_the_job(server, client):
     assert shown["security"] == [{"workerToken": []}] and {"wait", "canceled", "watched"} <= {p["name"] for p in shown["parameters"]}
 
 
+def test_a_server_that_stops_answers_who_waits_for_orders(server):
+    answers, link = [], Transport(server.url, TOKEN)
+    def ask(): answers.append(link.call("GET", "/gpu-jobs/orders", params={"worker": "w", "wait": 50}))
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    eventually(lambda: "w" in server.app.broker.roster.workers and server.app.broker.roster.workers["w"].ears, "an open ear")
+    server.stop()
+    thread.join(60)
+    assert answers == [None], "an empty answer, not a broken connection"
+
+
 def test_stopping_hangs_up_the_ear(server, client):
     worker = worker_for(server.url).start()
     client.submit("errand").wait(60)
@@ -355,6 +381,41 @@ def test_stopping_hangs_up_the_ear(server, client):
     assert worker.stop()
     eventually(lambda: not server.app.broker.roster.workers[worker.instance].ears, "a closed ear")
     eventually(lambda: worker.ear._thread is None, "the end of its thread")
+
+
+# ---- in all
+
+
+def test_forty_pictures_over_a_bad_line_with_cancels_at_random(tmp_path):
+    "Two workers in batches of four; answers of every sort are lost. Each job ends once: canceled only if somebody asked for that."
+    class Sketch(Canvas):
+        def _paint(self, jobs):
+            ends = []
+            for payload, ctx in jobs:
+                try:
+                    for step in range(5): ctx.check(); ctx.progress(step, 5); pause.wait(0.002)
+                    ctx.artifact("image.png", png(), "image/png")
+                    ends.append({"seed": payload["seed"]})
+                except Interrupted as e: ends.append(e)
+            return ends
+    chance, pause = random.Random(7), threading.Event()
+    with serve(tmp_path) as server, Wire(server.url) as wire:
+        client = Client(server.url, "")
+        jobs = submit(client, *range(40))
+        lost = ["GET /gpu-jobs/next", "/complete ", "PUT /gpu-jobs/", "GET /gpu-jobs/orders"]
+        for _ in range(20): wire.lose(chance.choice(lost[:3]), after=chance.choice([0, 0, 50]))
+        workers = [worker_for(wire.url, Sketch(), WORKER_ID=f"w{n}", options={"sleep": lambda s: pause.wait(0.01)}).start() for n in range(2)]
+        canceled = chance.sample(sorted(jobs), 10)
+        for n in canceled:
+            wire.lose(lost[3])
+            jobs[n].cancel()
+        for n, job in jobs.items():
+            job.wait(60)
+            assert job.status == "completed" or (job.status == "canceled" and n in canceled), (n, job, job.detail)
+            if job.status == "completed": assert job.png == png() and job.result["seed"] == n and job.data["attempts"] == 1
+        for worker in workers: assert worker.stop(grace_s=60)
+        done = sum(job.status == "completed" for job in jobs.values())
+        assert done >= 30 and sum(w.counts["completed"] for w in workers) == done and not any(after(w, "Traceback") for w in workers)
 
 
 # ---- the accelerator's news
