@@ -450,7 +450,7 @@ def test_a_third_interrupt_stops_at_once(tmp_path, gate):
                 worker.signal(signal.SIGINT)
                 try: code = worker.popen.wait(0.3)
                 except subprocess.TimeoutExpired: pass
-            assert code == 130
+            assert code in (130, -signal.SIGINT)  # a further one that comes while the process exits; a shell calls both 130
 
 
 def test_an_interrupt_in_the_foreground_hands_the_job_back(server, client):

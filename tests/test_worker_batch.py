@@ -363,6 +363,15 @@ def test_orders_are_for_the_worker_that_has_the_job(server, client):
     assert shown["security"] == [{"workerToken": []}] and {"wait", "canceled", "watched"} <= {p["name"] for p in shown["parameters"]}
 
 
+def test_a_lease_says_how_many_watch_already(server, client):
+    job, link = client.submit("errand"), Transport(server.url, TOKEN)
+    threading.Thread(target=lambda: list(job.events()), daemon=True).start()
+    eventually(lambda: any(c.watchers for c in server.app.broker.channels.values()), "a watcher")
+    grant = Grant.read(link.call("GET", "/gpu-jobs/next", headers={"X-Protocol": "1"}))
+    assert grant.watchers == 1
+    link.call("POST", f"{grant.path}/complete", body={"leaseToken": grant.token, "status": "completed", "result": {}})
+
+
 def test_a_server_that_stops_answers_who_waits_for_orders(server):
     answers, link = [], Transport(server.url, TOKEN)
     def ask(): answers.append(link.call("GET", "/gpu-jobs/orders", params={"worker": "w", "wait": 50}))
