@@ -33,6 +33,7 @@ nbs:    ## export the notebooks, run them keeping their outputs, clean them, wri
 bench:  ## measure (needs wrk)
 	@$(SETUP) images dev
 	@$(RUN) benchmarks/bench_server.py
+	@$(RUN) benchmarks/bench_worker.py
 
 clean:  ## remove the environment and what tools leave behind
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -19,8 +19,8 @@ log = logging.getLogger("colab_gpu.broker")
 # %% auto #0
 __all__ = ['log', 'EVENT_KINDS', 'T', 'Policy', 'At', 'submit', 'Ask', 'lease', 'check_claim', 'extend', 'finish', 'add_artifact',
            'fail', 'backoff_s', 'release', 'cancel', 'retry', 'reap', 'Waiters', 'Event', 'Channel', 'check_events',
-           'WorkerSeen', 'Roster', 'LoopTicket', 'Beat', 'Broker', 'lease_within', 'heartbeat', 'ended_within', 'watch',
-           'reap_forever', 'standing']
+           'WorkerSeen', 'Roster', 'LoopTicket', 'Beat', 'Broker', 'lease_within', 'heartbeat', 'watchers_of', 'Order',
+           'orders_within', 'ended_within', 'watch', 'reap_forever', 'standing']
 
 # %% ../nbs/05_broker.ipynb #c69ce7f3
 @dataclass(frozen=True)
@@ -433,6 +433,7 @@ class WorkerSeen:
     waiting: int = 0
     draining: bool = False
     jobs: dict[str, int | None] = field(default_factory=dict)
+    ears: set[asyncio.Event] = field(default_factory=set)
 
     def live(self, now_ms: int) -> bool:
         "Whether it can be expected to ask again: it waits right now, has a job whose lease runs, or was here within 90 s."
@@ -532,6 +533,8 @@ class Broker:
                 if not future.done(): future.set_result(None)
         for channel in self.channels.values():
             for watcher in channel.watchers: watcher.set()
+        for worker in self.roster.workers.values():
+            for ear in worker.ears: ear.set()
 
     def now_ms(self) -> int: return int(self.clock() * 1000)
     def bind(self) -> None:
@@ -592,6 +595,7 @@ class Broker:
             else: worker.jobs.pop(job.id, None)
         channel = self.channels.get(job.id)
         if channel is not None: channel.publish("state", job_dict(job, with_payload=False))
+        if job.status == "leased" and (job.cancel_requested or (channel is not None and channel.watchers)): _tell_holder(self, job)
         if not job.ended: return
         for future in self._enders.pop(job.id, ()):
             if not future.done(): future.set_result(None)
@@ -675,7 +679,12 @@ async def heartbeat(broker: Broker, job_id: str, token: str | None, events: Any 
         if channel is not None and (job.grants, seq) > channel.last_seq:
             channel.publish(kind, data)
             channel.last_seq = (job.grants, seq)
-    return Beat(job.lease_s or 0, job.cancel_requested, bool(worker and worker.draining), len(channel.watchers) if channel else 0)
+    return Beat(job.lease_s or 0, job.cancel_requested, bool(worker and worker.draining), watchers_of(broker, job_id))
+
+def watchers_of(broker: Broker, job_id: str) -> int:
+    "How many follow a job."
+    channel = broker.channels.get(job_id)
+    return 0 if channel is None else len(channel.watchers)
 
 def _channel(broker: Broker, job_id: str) -> Channel:
     channel = broker.channels.get(job_id)
@@ -688,6 +697,50 @@ def _sweep(broker: Broker, now: float) -> None:
     "Drop the channels that nobody has watched for a minute since their job ended."
     for job_id, channel in list(broker.channels.items()):
         if not channel.watchers and channel.idle_since is not None and now - channel.idle_since > 60: del broker.channels[job_id]
+
+# %% ../nbs/05_broker.ipynb #65dbbc38
+@dataclass(frozen=True)
+class Order:
+    "What a worker should know about one of its jobs."
+    job_id: str
+    cancel_requested: bool
+    watchers: int
+
+async def orders_within(broker: Broker, ask: Ask, wait_s: float = 0, canceled: Iterable[str] = (), watched: Iterable[str] = (),
+                        draining: bool = False) -> tuple[list[Order], bool]:
+    """What the worker of `ask` doesn't know yet, as soon as there is something; after `wait_s` seconds, nothing. And whether it should drain.
+
+    Parameters
+    ----------
+    canceled, watched: ids of its jobs that it knows to be canceled, or watched. draining: it knows that it should drain.
+    """
+    # After a restart of the server a worker that is busy is met here first.
+    worker = broker.roster.workers.get(ask.instance or ask.worker) or broker.roster.meet(ask, broker.now_ms())
+    ear, deadline, canceled, watched = asyncio.Event(), broker.clock() + wait_s, frozenset(canceled), frozenset(watched)
+    worker.ears.add(ear)
+    try:
+        while True:
+            ear.clear()
+            worker.seen_ms = broker.now_ms()
+            orders = [o for o in _orders(broker, worker) if o.cancel_requested > (o.job_id in canceled) or bool(o.watchers) != (o.job_id in watched)]
+            left, drain = deadline - broker.clock(), worker.draining and not draining
+            if orders or drain or left <= 0 or broker.closing: return orders, drain
+            try: await asyncio.wait_for(ear.wait(), left)
+            except TimeoutError: pass
+    finally: worker.ears.discard(ear)
+
+def _orders(broker: Broker, worker: WorkerSeen) -> list[Order]:
+    out = []
+    for job in broker.read(lambda r: [r.get(job_id) for job_id in worker.jobs]):
+        if job is None or job.status != "leased" or broker.roster.holder(job) is not worker: continue
+        out.append(Order(job.id, job.cancel_requested, watchers_of(broker, job.id)))
+    return out
+
+def _tell_holder(broker: Broker, job: Job) -> None:
+    "There may be news for the worker that has `job`."
+    worker = broker.roster.holder(job)
+    if worker is not None:
+        for ear in worker.ears: ear.set()
 
 # %% ../nbs/05_broker.ipynb #cc5500d5
 async def ended_within(broker: Broker, job_id: str, wait_s: float) -> Job:
@@ -716,6 +769,7 @@ async def watch(broker: Broker, job_id: str, after: str | None = None, idle_s: f
     channel, wake = _channel(broker, job_id), asyncio.Event()
     channel.watchers.add(wake)
     channel.idle_since = None
+    _tell_holder(broker, job)
     try:
         at = _resumed(broker, channel, after)
         if after and at == 0: yield None, "gap", "{}"
@@ -734,6 +788,7 @@ async def watch(broker: Broker, job_id: str, after: str | None = None, idle_s: f
         if job.ended: yield f"{broker.boot}-{at}", "done", json.dumps(job_dict(job), ensure_ascii=False)
     finally:
         channel.watchers.discard(wake)
+        _tell_holder(broker, job)
         if not channel.watchers and job.ended: channel.idle_since = broker.clock()
 
 def _resumed(broker: Broker, channel: Channel, after: str | None) -> int:

@@ -200,7 +200,7 @@ NEEDS_IMAGES = 'Drawing needs more packages: pip install "colab-gpu[images]"'
 
 def cmd_worker(args: argparse.Namespace) -> int:
     from colab_gpu.worker import Worker, run_until_interrupted
-    settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id)
+    settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id, WORKER_MAX_BATCH=args.max_batch)
     worker = Worker(executors_here(settings), settings, log=lambda text: print(text, flush=True))
     if not worker.tools: raise ExecutionError(f"This machine has none of the tools. {NEEDS_IMAGES}")
     if args.once:
@@ -323,6 +323,7 @@ def _add_running(add: Callable[..., argparse.ArgumentParser]) -> None:
     worker.add_argument("--once", action="store_true", help="run one job, then stop")
     worker.add_argument("--tools", help="tools to serve, comma list")
     worker.add_argument("--id", help="label shown in job history (WORKER_ID)")
+    worker.add_argument("--max-batch", type=int, metavar="N", help="most jobs to run in one batch, 1 to 16 (WORKER_MAX_BATCH)")
 
 def _add_jobs(add: Callable[..., argparse.ArgumentParser]) -> None:
     submit = add("submit", cmd_submit, "Submit a job")

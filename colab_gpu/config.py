@@ -105,6 +105,7 @@ _ROWS += [
     Setting("POLL_INTERVAL", "5", number(0.05, 3600), "Pause after an empty answer of a server without long poll, seconds", "worker"),
     Setting("WORKER_WAIT_SECONDS", "50", number(0, 55), "Longest wait of one long poll, seconds", "worker"),
     Setting("WORKER_TOOLS", "", words, "Tools to serve; blank for all that this machine can", "worker"),
+    Setting("WORKER_MAX_BATCH", "16", number(1, 16, whole=True), "Most jobs to run in one batch; a GPU may take fewer", "worker"),
     Setting("WORKER_TAGS", "", words, "Tags this worker has, for jobs with requirements", "worker"),
 ]
 

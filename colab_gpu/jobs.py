@@ -14,7 +14,7 @@ from .errors import IllegalMove, InvalidPayload, RequestError
 __all__ = ['STATUSES', 'ENDED', 'MOVES', 'PRIORITIES', 'TOOLS', 'move', 'new_id', 'Job', 'lane', 'lane_parts', 'job_dict',
            'public_artifact', 'job_json', 'read_number', 'read_text', 'ImagenDefaults', 'ImagenRequest',
            'refuse_unknown', 'check_chat', 'JobSpec', 'digest', 'image_submission', 'batch_key', 'RunContext',
-           'Executor', 'LocalContext']
+           'Executor', 'BatchExecutor', 'LocalContext']
 
 # %% ../nbs/02_jobs.ipynb #75826349
 STATUSES = ("queued", "leased", "completed", "failed", "canceled")
@@ -365,6 +365,13 @@ class Executor(Protocol):
     "Something that runs the jobs of one tool."
     tool: str
     def run(self, payload: dict[str, Any], ctx: RunContext) -> dict[str, Any]: "Run `payload`, return the result's JSON."
+
+# %% ../nbs/02_jobs.ipynb #6761a8c1
+class BatchExecutor(Executor, Protocol):
+    "An executor that can run several jobs in one call."
+    def batch_size(self) -> int: "The most jobs that one call takes well here and now, 1…16."
+    def run_batch(self, jobs: Sequence[tuple[dict[str, Any], RunContext]]) -> list[dict[str, Any] | Exception]:
+        "Run all of `jobs`, payloads with their contexts; in their order, each job's result or its own exception."
 
 # %% ../nbs/02_jobs.ipynb #729bec67
 @dataclass

@@ -12,7 +12,8 @@ from typing import Any
 from . import __version__
 from . import broker as rules
 from .archive import Archive, History, check_name, first_picture, put_picture, record, safe_type, take_picture
-from .broker import Ask, Broker, Policy, ended_within, heartbeat, lease_within, reap_forever, standing, watch
+from .broker import (Ask, Broker, Policy, ended_within, heartbeat, lease_within, orders_within, reap_forever, standing, watch,
+                              watchers_of)
 from .config import SETTINGS, Settings
 from .errors import (AccessDenied, ColabGPUError, InvalidPayload, InvalidSetting, MissingToken, NotFound, PayloadTooLarge,
                               RequestError, Unavailable)
@@ -390,6 +391,7 @@ async def sse(broker: Broker, job_id: str, after: str | None) -> AsyncIterator[b
 def add_worker_routes(app: App) -> None:
     "Lease, heartbeat, upload, complete, release."
     _leasing(app)
+    _ordering(app)
     _uploading(app)
     _ending(app)
 
@@ -404,7 +406,7 @@ def _leasing(app: App) -> None:
         info: dict[str, Any] = {k: label(request.query[k], k, None) for k in ("accelerator", "memory") if k in request.query}
         jobs = await lease_within(broker, ask, wait, sorted(query_words(request, "models") or ()), info)
         if not jobs: return Response(status=204)
-        grants = [{"job": job_dict(job), **({"lease": lease_dict(job)} if ask.fenced else {})} for job in jobs]
+        grants = [{"job": job_dict(job), **({"lease": lease_dict(job, watchers_of(broker, job.id))} if ask.fenced else {})} for job in jobs]
         return json_response({**grants[0], "jobs": grants} if "max" in request.query else grants[0])
 
     @app.route("POST", "/gpu-jobs/{id}/heartbeat", "worker", "Renew a lease and report", body={"leaseToken": "the lease's token", "events": "list"})
@@ -415,9 +417,9 @@ def _leasing(app: App) -> None:
         return json_response({"leaseSeconds": answer.lease_s, "cancelRequested": answer.cancel_requested, "drain": answer.drain,
                               "watchers": answer.watchers})
 
-def lease_dict(job: Job) -> dict[str, Any]:
-    "A lease on the wire. Three heartbeats fit into it."
-    return {"token": job.lease_token, "seconds": job.lease_s, "heartbeatSeconds": round((job.lease_s or 0) / 3, 3)}
+def lease_dict(job: Job, watchers: int = 0) -> dict[str, Any]:
+    "A lease on the wire, and how many follow the job already. Three heartbeats fit into it."
+    return {"token": job.lease_token, "seconds": job.lease_s, "heartbeatSeconds": round((job.lease_s or 0) / 3, 3), "watchers": watchers}
 
 async def worker_body(app: App, request: Request) -> dict[str, Any]:
     "A worker's JSON body. Raises `RequestError`."
@@ -428,6 +430,22 @@ async def worker_body(app: App, request: Request) -> dict[str, Any]:
 def token_of(body: Mapping[str, Any]) -> str | None:
     "The `leaseToken` of a body; `None` when there is none. Raises `InvalidPayload`."
     return read_text(body, "leaseToken", most=200)
+
+# %% ../nbs/08_server.ipynb #97b57f61
+def _ordering(app: App) -> None:
+    broker = app.broker
+
+    @app.route("GET", "/gpu-jobs/orders", "worker", "Wait for news of the jobs under way: cancels, watchers", waits=True,
+               query={"worker": "label", "wait": "seconds, 0 to 55", "tools": "comma list", "tags": "comma list",
+                      "canceled": "ids of jobs known to be canceled", "watched": "ids of jobs known to be watched",
+                      "draining": "1 when the worker knows that it should drain"})
+    async def wait_for_orders(request: Request) -> Response:
+        ask, wait, draining = read_ask(request), query_number(request, "wait", 0, 0, 55), request.query.get("draining") == "1"
+        canceled, watched = (query_words(request, name) or () for name in ("canceled", "watched"))
+        orders, drain = await orders_within(broker, ask, wait, canceled, watched, draining)
+        if not orders and not drain: return Response(status=204)
+        jobs = [{"id": o.job_id, "cancelRequested": o.cancel_requested, "watchers": o.watchers} for o in orders]
+        return json_response({"jobs": jobs, "drain": drain})
 
 # %% ../nbs/08_server.ipynb #ad3bb37e
 def _uploading(app: App) -> None:

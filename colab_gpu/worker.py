@@ -6,8 +6,10 @@
 from __future__ import annotations
 import base64, hashlib, json, math, random, signal, threading, time, traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, TypeVar
 from uuid import uuid4
 from .client import Transport, backoff_s, job_path, passes
@@ -18,19 +20,21 @@ from .errors import (AccessDenied, ColabGPUError, ConnectionFailed, ExecutionErr
 from .jobs import Executor
 
 # %% auto #0
-__all__ = ['QUICK_S', 'T', 'Outbox', 'proper', 'Grant', 'Run', 'data_url', 'Heart', 'failure', 'scrub', 'Turn', 'Worker',
-           'choose', 'ask', 'identity', 'introduction', 'loaded', 'trouble', 'unheard', 'serve', 'perform', 'plain',
-           'insist', 'upload', 'deliver', 'inline_picture', 'report', 'lost', 'hand_back', 'repeat', 'stop',
-           'start_worker', 'stop_worker', 'run_until_interrupted']
+__all__ = ['QUICK_S', 'BURST', 'T', 'Outbox', 'proper', 'Grant', 'Run', 'data_url', 'Heart', 'Pulse', 'flush', 'Ear', 'hear',
+           'standing', 'failure', 'scrub', 'Turn', 'Worker', 'choose', 'ask', 'takes', 'identity', 'introduction',
+           'accelerator', 'loaded', 'trouble', 'unheard', 'perform', 'attempt', 'outcome', 'plain', 'insist', 'upload',
+           'deliver', 'inline_picture', 'report', 'ended', 'lost', 'hand_back', 'hand_back_all', 'serve', 'parts',
+           'carry_out', 'conclude', 'side_by_side', 'repeat', 'stop', 'start_worker', 'stop_worker',
+           'run_until_interrupted']
 
 # %% ../nbs/16_worker.ipynb #5fde8625
 class Outbox:
-    "The events of one run that wait to be sent. Written by the run, emptied by its heart."
-    def __init__(self, first_seq: int = 0, most_logs: int = 200) -> None:
+    "The events of one run that wait to be sent; `ring` is called when there is `news`. Written by the run, emptied by its heart."
+    def __init__(self, first_seq: int = 0, most_logs: int = 200, ring: Callable[[], Any] = lambda: None) -> None:
         self._waiting: list[dict[str, Any]] = []
         self._flying: list[dict[str, Any]] = []
         self._seq, self._most_logs, self._lock = first_seq, most_logs, threading.Lock()
-        self.news = threading.Event()
+        self.ring, self.news = ring, False
 
     def put(self, kind: str, **data: Any) -> None:
         "Say something: `progress`, `preview`, `token` or `log`."
@@ -45,7 +49,12 @@ class Outbox:
                 waiting[-1]["text"] += data["text"]
                 event = {}
             if event: waiting.append(event)
-        self.news.set()
+        self.stir()
+
+    def stir(self) -> None:
+        "Note that there is something to send, and ring if that is new."
+        first, self.news = not self.news, True
+        if first: self.ring()
 
     def take(self, watched: bool = True, most: int = 500) -> list[dict[str, Any]]:
         "The next batch to send; unless somebody watches, previews and tokens stay for now. The same again until `landed`."
@@ -63,6 +72,7 @@ class Outbox:
     def __len__(self) -> int:
         with self._lock: return len(self._waiting) + len(self._flying)
 
+# %% ../nbs/16_worker.ipynb #257d1a0c
 def proper(text: Any) -> str:
     "Text that can be sent: half characters (lone surrogates), which models make at times, become question marks."
     return str(text).encode("utf-8", "replace").decode()
@@ -72,12 +82,14 @@ def proper(text: Any) -> str:
 class Grant:
     """A job and the lease on it.
 
-    `token` is the lease's fencing token, `None` from a server that knows no leases (the reference's). Seconds.
+    `token` is the lease's fencing token, `None` from a server that knows no leases (the reference's). Seconds. `watchers`: how many follow
+    the job already.
     """
     job: dict[str, Any]
     token: str | None = None
     lease_s: float = 900
     heartbeat_s: float = 300
+    watchers: int = 0
 
     @classmethod
     def read(cls, answer: Any) -> Grant:
@@ -88,7 +100,13 @@ class Grant:
         lease = answer.get("lease")
         if not isinstance(lease, dict) or not lease.get("token"): return cls(job)
         lease_s = float(lease.get("seconds") or 60)
-        return cls(job, str(lease["token"]), lease_s, float(lease.get("heartbeatSeconds") or lease_s / 3))
+        return cls(job, str(lease["token"]), lease_s, float(lease.get("heartbeatSeconds") or lease_s / 3), int(lease.get("watchers") or 0))
+
+    @classmethod
+    def read_all(cls, answer: Any) -> list[Grant]:
+        "The grants in an answer to a worker that asked for several: those in its `jobs`, else the only one."
+        jobs = answer.get("jobs") if isinstance(answer, dict) else None
+        return [cls.read(each) for each in jobs] if isinstance(jobs, list) and jobs else [cls.read(answer)]
 
     @property
     def id(self) -> str: return str(self.job["id"])
@@ -98,7 +116,7 @@ class Grant:
     def path(self) -> str: return job_path(self.id)
     def __repr__(self) -> str: return f"Grant({self.tool}, {f'lease of {self.lease_s:g} s' if self.token else 'no lease'})"
 
-# %% ../nbs/16_worker.ipynb #332eb868
+# %% ../nbs/16_worker.ipynb #a0e5dfd2
 _WHY = ("stopping", "canceled", "lost")
 
 class Run:
@@ -107,11 +125,13 @@ class Run:
     Attributes
     ----------
     step, total, phase, preview: the newest progress. watchers: how many follow the job at the server. look: whether somebody looks at
-    this worker's own panel. why: `None`, or why the run should stop: `stopping`, `canceled`, `lost`.
+    this worker's own panel. why: `None`, or why the run should stop: `stopping`, `canceled`, `lost`. shared: it shares a call
+    with others. heeded: in a shared call, the executor was told of its cancel. settled: that has been reported. over: nothing more is to be said.
     """
-    def __init__(self, grant: Grant, look: Callable[[], bool] = lambda: False, first_seq: int = 0) -> None:
-        self.grant, self.look, self.outbox = grant, look, Outbox(first_seq)
-        self.step, self.total, self.phase, self.watchers = 0, 0, "starting", 0
+    def __init__(self, grant: Grant, look: Callable[[], bool] = lambda: False, first_seq: int = 0, ring: Callable[[], Any] = lambda: None) -> None:
+        self.grant, self.look, self.outbox = grant, look, Outbox(first_seq, ring=ring)
+        self.step, self.total, self.phase, self.watchers, self.over = 0, 0, "starting", grant.watchers, False
+        self.shared = self.heeded = self.settled = False
         self.preview: bytes | None = None
         self.artifacts: dict[str, tuple[bytes, str]] = {}
         self.why: str | None = None
@@ -144,16 +164,28 @@ class Run:
         "Ask the run to stop; the weightiest reason counts."
         with self._lock:
             if self.why is None or _WHY.index(why) > _WHY.index(self.why): self.why, self.reason = why, reason
+    def told(self, watchers: Any, canceled: Any) -> bool:
+        "Take what the server says of the job: how many follow it, whether it was canceled. Whether either was news."
+        before = bool(self.watchers), self.why
+        self.watchers = int(watchers or 0)
+        if canceled: self.interrupt("canceled", "The job was canceled.")
+        if self.watchers and not before[0]: self.outbox.stir()  # tokens and previews that were held back
+        return before != (bool(self.watchers), self.why)
     def check(self) -> None:
         "Raise `Interrupted` when the job was canceled, the lease was lost or the worker stops."
-        if self.why is not None: raise Interrupted(self.reason)
+        if self.why is None: return
+        if self.shared and self.why == "canceled" and not self.heeded:
+            self.heeded = True
+            self.outbox.ring()
+        raise Interrupted(self.reason)
 
+# %% ../nbs/16_worker.ipynb #12d8603c
 def data_url(data: bytes, content_type: str) -> str:
     "Bytes as a base64 data URL (RFC 2397)."
     return f"data:{content_type};base64,{base64.b64encode(data).decode()}"
 
 # %% ../nbs/16_worker.ipynb #0bab6a39
-QUICK_S = 0.5
+QUICK_S, BURST = 0.5, 4
 _GONE = (LeaseLost, JobEnded, JobNotInProgress, NotFound, ResultConflict)
 
 class Heart:
@@ -167,77 +199,183 @@ class Heart:
     def __init__(self, transport: Transport, run: Run, say: Callable[[str], None] = print, on_drain: Callable[[], None] = lambda: None,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.transport, self.run, self.say, self.on_drain, self.clock = transport, run, say, on_drain, clock
-        self.began = self.last = clock()
-        self.until, self.failures = clock() + run.grant.lease_s, 0
-        self._stop, self._thread = threading.Event(), threading.Thread(target=self._repeat, name="colab-gpu-heart", daemon=True)
+        self.began = self.last = self.paid = clock()
+        self.until, self.next, self.failures, self._tried = self.began + run.grant.lease_s, self.began + run.grant.heartbeat_s, 0, False
         self._beating = threading.Lock()  # one heartbeat at a time: `flush` beats from the run's own thread
+
+    def due(self) -> float:
+        "When the next beat is due, on the clock."
+        if self.run.over or self.run.settled: return math.inf
+        if self.run.heeded and not self._tried: return -math.inf
+        return min(self.next, self.soon()) if self.run.outbox.news and not self.failures else self.next
+    def soon(self) -> float:
+        "When the next beat is due if there is news."
+        if self.run.watchers: return self.paid - (BURST - 1) * QUICK_S  # the generic cell rate algorithm (ITU-T I.371)
+        return self.last + max(QUICK_S, self.last - self.began)
 
     def beat(self) -> float:
         "Send one heartbeat; returns the seconds until the next at the latest."
         run, outbox, grant = self.run, self.run.outbox, self.run.grant
         with self._beating:
-            outbox.news.clear()
+            if run.heeded and not self._tried: self._settle()
+            if run.over or run.settled: return math.inf
+            outbox.news = False
             body = {"leaseToken": grant.token, "events": outbox.take(watched=run.watchers > 0)}
             read_s = max(5.0, min(15.0, grant.lease_s / 3))
             try: answer = self.transport.call("POST", f"{grant.path}/heartbeat", body=body, connect_s=5, read_s=read_s)
-            except ColabGPUError as e: pause = self._unanswered(e)
+            except ColabGPUError as e: pause = math.inf if run.over else self._unanswered(e)
             else:
                 outbox.landed()
                 self._answered(answer if isinstance(answer, dict) else {})
                 pause = grant.heartbeat_s
             self.last = self.clock()
+            self.next, self.paid = self.last + pause, max(self.last, self.paid) + QUICK_S
             return pause
+
+    def _settle(self) -> None:
+        "Report a canceled job at once: the call that it shared with others may go on for long."
+        body = {"leaseToken": self.run.grant.token, **failure(Interrupted(self.run.reason), self.run.grant.tool)}
+        self._tried = True
+        try: self.transport.call("POST", f"{self.run.grant.path}/complete", body=body, connect_s=5, read_s=10)
+        except ColabGPUError: return  # it is reported when the call ends
+        self.run.settled = True
 
     def _answered(self, answer: Mapping[str, Any]) -> None:
         if self.failures: self.say(f"[worker] The server answers again; job {self.run.job_id} goes on.")
         self.failures, self.until = 0, self.clock() + float(answer.get("leaseSeconds") or self.run.grant.lease_s)
-        self.run.watchers = int(answer.get("watchers") or 0)
-        if answer.get("cancelRequested"): self.run.interrupt("canceled", "The job was canceled.")
+        self.run.told(answer.get("watchers"), answer.get("cancelRequested"))
         if answer.get("drain"): self.on_drain()
 
     def _unanswered(self, e: ColabGPUError) -> float:
         if isinstance(e, (*_GONE, MissingToken, AccessDenied)):
             self.run.interrupt("lost", str(e))
-            self._stop.set()
-        elif isinstance(e, RequestError):
+            return math.inf
+        if isinstance(e, RequestError):
             self.run.outbox.landed()  # it doesn't take these events; the lease matters more
             self.say(f"[worker] The server refused the events of job {self.run.job_id}: {e}")
             return QUICK_S
-        else:
-            self.failures += 1
-            if self.failures == 1: self.say(f"[worker] No answer to a heartbeat of job {self.run.job_id}; the run goes on. {e}")
-            if self.clock() > self.until:
-                self.say(f"[worker] The lease of job {self.run.job_id} has run out; the run goes on, its result may still be welcome.")
-                self.until = math.inf
+        self.failures += 1
+        if self.failures == 1: self.say(f"[worker] No answer to a heartbeat of job {self.run.job_id}; the run goes on. {e}")
+        if self.clock() > self.until:
+            self.say(f"[worker] The lease of job {self.run.job_id} has run out; the run goes on, its result may still be welcome.")
+            self.until = math.inf
         return min(self.run.grant.heartbeat_s, backoff_s(self.failures, 1, 10))
-
-    def soon(self) -> float:
-        "When the next beat is due if there is news, on the clock."
-        return self.last + (QUICK_S if self.run.watchers else max(QUICK_S, self.last - self.began))
-
-    def _repeat(self) -> None:
-        news, due = self.run.outbox.news, self.clock() + self.run.grant.heartbeat_s
-        while not self._stop.is_set():
-            left = due - self.clock()
-            if left <= 0: due = self.clock() + self.beat()
-            elif not news.is_set(): news.wait(left)
-            else:
-                if not self.failures: due = min(due, self.soon())
-                self._stop.wait(max(0.0, due - self.clock()))
-
-    def __enter__(self) -> Heart:
-        self._thread.start()
-        return self
-    def __exit__(self, *_: Any) -> None:
-        self._stop.set()
-        self.run.outbox.news.set()
-        self._thread.join(20)
 
     def flush(self) -> None:
         "Send what is left for those who watch, before the job ends."
         for _ in range(20):
-            if not (self.run.watchers and len(self.run.outbox)) or self.failures > 1 or self._stop.is_set(): return
+            if not (self.run.watchers and len(self.run.outbox)) or self.failures > 1 or self.run.why == "lost": return
             self.beat()
+
+# %% ../nbs/16_worker.ipynb #ca162737
+class Pulse:
+    "The thread that beats for the runs under way; it ends by itself when there have been none for `idle_s` seconds."
+    def __init__(self, clock: Callable[[], float] = time.monotonic, idle_s: float = 10) -> None:
+        self.clock, self.idle_s = clock, idle_s
+        self.hearts: tuple[Heart, ...] = ()
+        self.bell, self._lock = threading.Event(), threading.Lock()  # the lock: whether there is a thread
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def beating(self, hearts: Iterable[Heart]) -> Iterator[None]:
+        "Beat for these while the block lasts."
+        with self._lock:
+            self.hearts = tuple(hearts)
+            if self.hearts and self._thread is None:
+                self._thread = threading.Thread(target=self._repeat, name="colab-gpu-pulse", daemon=True)
+                self._thread.start()
+        self.bell.set()
+        try: yield
+        finally: self.hearts = ()
+
+    def _repeat(self) -> None:
+        busy = self.clock()
+        while True:
+            self.bell.clear()
+            hearts = self.hearts
+            for heart in hearts: self._beat(heart)
+            with self._lock:
+                if self.hearts: busy = self.clock()
+                elif self.clock() - busy >= self.idle_s:
+                    self._thread = None
+                    return
+            due = min((heart.due() for heart in hearts), default=busy + self.idle_s)
+            self.bell.wait(max(0.0, min(due - self.clock(), self.idle_s)))
+
+    def _beat(self, heart: Heart) -> None:
+        try:
+            if heart.due() <= self.clock(): heart.beat()
+        except Exception:  # a bug, or an answer that is none: it must not cost the others their leases
+            heart.say(traceback.format_exc().rstrip())
+            heart.next = self.clock() + min(heart.run.grant.heartbeat_s, 10)
+
+# %% ../nbs/16_worker.ipynb #dc2829eb
+def flush(pulse: Pulse, run: Run) -> None:
+    "Send what a run has left to say."
+    for heart in pulse.hearts:
+        if heart.run is run: heart.flush()
+
+# %% ../nbs/16_worker.ipynb #c0dc63c6
+class Ear:
+    "Waits for orders to the runs of a worker, while it has any."
+    def __init__(self, worker: Worker) -> None:
+        self.worker, self.transport = worker, Transport(worker.settings["STACK_API_BASE"], worker.settings["STACK_WORKER_TOKEN"])
+        self.deaf, self.failures = not worker.wait_s, 0
+        self._lock, self._closed = threading.Lock(), threading.Event()  # the lock: whether there is a thread
+        self._thread: threading.Thread | None = None
+
+    def open(self) -> None:
+        "Listen until there are no more runs."
+        with self._lock:
+            self._closed.clear()
+            if self.deaf or self._thread is not None: return
+            self._thread = threading.Thread(target=self._repeat, name="colab-gpu-ear", daemon=True)
+            self._thread.start()
+    def close(self) -> None:
+        "Hang up."
+        self._closed.set()
+        self.transport.hang_up()
+
+    def _repeat(self) -> None:
+        while True:
+            try: pause = hear(self)
+            except Exception:  # a bug, or an answer that is none: the heartbeats bring the same
+                self.worker.log(traceback.format_exc().rstrip())
+                self.deaf, pause = True, 0
+            if pause: self._closed.wait(pause)
+            with self._lock:
+                if self.deaf or not self.worker.runs or self._closed.is_set():
+                    self._thread = None
+                    return
+
+# %% ../nbs/16_worker.ipynb #75f2eed1
+def hear(ear: Ear) -> float:
+    "Ask once for orders, and pass them on; how long to wait before asking again, seconds."
+    worker, began = ear.worker, ear.worker.clock()
+    try:
+        answer = ear.transport.call("GET", "/gpu-jobs/orders", params=standing(worker), read_s=worker.wait_s + 15,
+                                    headers={"X-Protocol": "1", "X-Worker-Instance": worker.instance}) or {}
+    except RequestError:
+        ear.deaf = True  # it has no such route, or not for us
+        return 0
+    except ColabGPUError:
+        ear.failures += 1  # the heartbeats say so
+        return backoff_s(ear.failures, 1, 30)
+    ear.failures = 0
+    if answer.get("drain"): worker.drain()
+    runs, orders = {run.job_id: run for run in worker.runs}, answer.get("jobs") or []
+    for order in orders:
+        if run := runs.get(order.get("id")): run.told(order.get("watchers"), order.get("cancelRequested"))
+    heeded = orders and all(order.get("id") in runs for order in orders)
+    return 0 if heeded or worker.clock() - began >= worker.wait_s / 2 else QUICK_S
+
+def standing(worker: Worker) -> dict[str, str]:
+    "The query of a question for orders: who asks, and what it knows."
+    known = {"canceled": [run.job_id for run in worker.runs if run.why in ("canceled", "lost")],
+             "watched": [run.job_id for run in worker.runs if run.watchers], "tools": worker.executors, "tags": worker.tags}
+    query = {"worker": worker.id, "wait": f"{worker.wait_s:g}", "draining": "1" if worker.draining.is_set() else "",
+             **{name: ",".join(words) for name, words in known.items()}}
+    return {name: value for name, value in query.items() if value}
 
 # %% ../nbs/16_worker.ipynb #90efd9b1
 def failure(error: BaseException, tool: str) -> dict[str, Any]:
@@ -264,12 +402,21 @@ class Turn:
     """What one turn came to.
 
     did: `idle` (no work), `completed`, `failed`, `released` (handed back), `lost` (somebody else has the job), `offline` (no answer),
-    `refused` (the server doesn't want this worker), `stopped`. pause_s: how long to wait before the next.
+    `refused` (the server doesn't want this worker), `stopped`. pause_s: how long to wait before the next. jobs: of a batch, what each job came
+    to; then the rest is that of the first that did not complete, or of the first.
     """
     did: str
     job_id: str | None = None
     detail: str = ""
     pause_s: float = 0
+    jobs: tuple[Turn, ...] = ()
+
+    @classmethod
+    def of(cls, turns: Sequence[Turn]) -> Turn:
+        "One turn for what became of several jobs."
+        if len(turns) == 1: return turns[0]
+        first = next((t for t in turns if t.did != "completed"), turns[0])
+        return cls(first.did, first.job_id, first.detail, max(t.pause_s for t in turns), tuple(turns))
 
 # %% ../nbs/16_worker.ipynb #d2ec53e6
 class Worker:
@@ -277,8 +424,9 @@ class Worker:
 
     Parameters
     ----------
-    executors: objects with `tool` and `run(payload, ctx)` (`jobs.Executor`); `models` (names, or a function that returns them), if an
-    executor has it, tells the server what is loaded. settings: the settings table's values; `None` reads the environment.
+    executors: objects with `tool` and `run(payload, ctx)` (`jobs.Executor`), perhaps with `batch_size()` and `run_batch(jobs)`
+    (`jobs.BatchExecutor`); `models` (names, or a function that returns them), if an executor has it, tells the server what is loaded.
+    settings: the settings table's values; `None` reads the environment.
     log: takes lines for people; `None` keeps them only in the snapshot. standby_s: take only what has waited that long with no regular
     worker for it, seconds. session_end: when this machine goes away, on `clock`. info: what to tell of this machine, `accelerator` and
     `memory`, or a function that returns it. sleep: replaces the pauses between attempts. clock, now: seconds, monotonic and since the epoch.
@@ -292,6 +440,7 @@ class Worker:
         self.settings = settings = Settings() if settings is None else settings
         self.id, self.wait_s, self.poll_s = settings["WORKER_ID"], settings["WORKER_WAIT_SECONDS"], settings["POLL_INTERVAL"]
         self.executors, self.tags = choose(executors, settings["WORKER_TOOLS"]), settings["WORKER_TAGS"]
+        self.max_batch = settings["WORKER_MAX_BATCH"]
         self.asking, self.telling = (Transport(settings["STACK_API_BASE"], settings["STACK_WORKER_TOKEN"]) for _ in "at")
         self.standby_s, self.session_end, self.info = standby_s, session_end, info
         self.clock, self.now, self._sleep, self._print = clock, now, sleep, log
@@ -299,8 +448,10 @@ class Worker:
         self.instance, self.failures, self.last_error, self.state = str(uuid4()), 0, "", "stopped"
         self.question: str | None = None
         self.counts, self.lines = dict.fromkeys(("completed", "failed", "released", "lost"), 0), deque[str](maxlen=200)
-        self.run: Run | None = None
+        self._counting = threading.Lock()  # the reports of a batch are made side by side
+        self.runs: tuple[Run, ...] = ()
         self.run_began, self.looked_at = 0.0, -math.inf
+        self.pulse, self.ear = Pulse(clock), Ear(self)
         self.draining, self.giving_up, self.ended = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -317,15 +468,17 @@ class Worker:
         if self._print is not None:
             try: self._print(line)
             except (OSError, ValueError): pass  # the cell's or the terminal's output is closed
+    def count(self, what: str) -> None:
+        with self._counting: self.counts[what] += 1
     def pause(self, seconds: float, until: threading.Event) -> None:
         "Wait, or until the event is set."
         if self._sleep is not None: self._sleep(seconds)
         else: until.wait(seconds)
 
-    def turn(self) -> Turn:
-        "Ask for work once, do it, report it. Expected errors become part of the `Turn`; none is raised."
+    def turn(self, most: int | None = None) -> Turn:
+        "Ask for work once, `most` jobs if given, do it, report it. Expected errors become part of the `Turn`; none is raised."
         if self.draining.is_set(): return Turn("stopped")
-        granted = ask(self)
+        granted = ask(self, most)
         return granted if isinstance(granted, Turn) else serve(self, granted)
     def loop(self, once: bool = False) -> Turn:
         "Repeat `turn` in this thread until stopped or refused, with `once` until one job was run; the last turn."
@@ -335,12 +488,12 @@ class Worker:
         if not self.executors: raise InvalidSetting("This worker has no tools: hand it an executor.", field="executors")
         if not self.alive:
             self.draining.clear(); self.giving_up.clear(); self.ended.clear()
-            self.state = "waiting"
+            self.state, self.ear.deaf = "waiting", False
             self._thread = threading.Thread(target=repeat, args=(self,), name=f"worker-{self.id}", daemon=True)
             self._thread.start()
         return self
     def drain(self) -> None:
-        "Finish the job under way, take no more, then stop."
+        "Finish the job or the batch under way, take no more, then stop."
         self.draining.set()
         self.asking.hang_up()
     def stop(self, grace_s: float = 0, timeout_s: float = 30) -> bool:
@@ -353,12 +506,12 @@ class Worker:
 
     def snapshot(self) -> dict[str, Any]:
         "How it stands, for a panel or a person: plain values, no secrets. Asking counts as looking: for some seconds previews are made."
-        self.looked_at, run = self.clock(), self.run
-        job = None if run is None else {"id": run.job_id, "tool": run.grant.tool, "phase": run.phase, "step": run.step, "total": run.total,
-                                        "preview": run.preview, "elapsedSeconds": self.clock() - self.run_began}
+        self.looked_at, runs, elapsed_s = self.clock(), self.runs, self.clock() - self.run_began
+        jobs = [{"id": run.job_id, "tool": run.grant.tool, "phase": run.phase, "step": run.step, "total": run.total, "preview": run.preview,
+                 "canceled": run.why == "canceled", "over": run.over, "elapsedSeconds": elapsed_s} for run in runs]
         return {"worker": self.id, "server": self.asking.base, "tools": self.tools, "state": self.state, "draining": self.draining.is_set(),
-                "job": job, "counts": dict(self.counts), "lastError": self.last_error,
-                "requests": self.asking.requests_made + self.telling.requests_made, "lines": list(self.lines)}
+                "jobs": jobs, "counts": dict(self.counts), "lastError": self.last_error,
+                "requests": sum(way.requests_made for way in (self.asking, self.telling, self.ear.transport)), "lines": list(self.lines)}
 
 # %% ../nbs/16_worker.ipynb #972d6d1e
 def choose(executors: Iterable[Executor], wanted: Iterable[str]) -> dict[str, Executor]:
@@ -370,34 +523,48 @@ def choose(executors: Iterable[Executor], wanted: Iterable[str]) -> dict[str, Ex
             raise InvalidSetting(f"WORKER_TOOLS names {tool}, which this worker cannot run: it has {', '.join(have)}.", field="WORKER_TOOLS")
     return {tool: have[tool] for tool in wanted or have}
 
-# %% ../nbs/16_worker.ipynb #f020ad31
-def ask(worker: Worker) -> Grant | Turn:
-    "Ask for a job once: the grant, or a turn without one."
+# %% ../nbs/16_worker.ipynb #3792aa5d
+def ask(worker: Worker, most: int | None = None) -> list[Grant] | Turn:
+    "Ask for work once, for `most` jobs if given: the grants, or a turn without any."
     worker.question = worker.question or str(uuid4())
     began = worker.clock()
     try:
-        answer = worker.asking.call("GET", "/gpu-jobs/next", params=introduction(worker), read_s=worker.wait_s + 15, headers=identity(worker))
-        grant = None if answer is None else Grant.read(answer)
+        answer = worker.asking.call("GET", "/gpu-jobs/next", params=introduction(worker, None, most), read_s=worker.wait_s + 15,
+                                    headers=identity(worker))
+        grants = [] if answer is None else Grant.read_all(answer)
     except ColabGPUError as e: return trouble(worker, e)
     if worker.state == "offline": worker.log("[worker] The server answers again.")
     worker.question, worker.failures, worker.last_error, worker.state = None, 0, "", "waiting"
-    if grant is not None: return grant
+    if grants: return grants
     early = worker.clock() - began < worker.wait_s / 2 or not worker.wait_s
     return Turn("idle", pause_s=worker.poll_s if early else 0)
+
+def takes(executor: Any) -> int:
+    "How many jobs one call of an executor takes well, 1…16."
+    if not hasattr(executor, "run_batch"): return 1
+    try: return max(1, min(16, int(executor.batch_size())))
+    except ColabGPUError: return 1  # it can't tell just now
 
 def identity(worker: Worker) -> dict[str, Any]:
     "The headers of a question for work: our protocol, this boot of the worker, this very question."
     return {"X-Protocol": "1", "X-Worker-Instance": worker.instance, "Lease-Request-Id": worker.question}
 
-def introduction(worker: Worker, wait_s: float | None = None) -> dict[str, Any]:
-    "The query of a question for work: who asks, for what, and how long it can wait."
+def introduction(worker: Worker, wait_s: float | None = None, most: int | None = None) -> dict[str, Any]:
+    "The query of a question for work: who asks, for what, for how many jobs, and how long it can wait."
+    batches = [takes(e) for e in worker.executors.values() if hasattr(e, "run_batch")]
     models = [m for e in worker.executors.values() for m in loaded(e)]
-    info = worker.info() if callable(worker.info) else worker.info or {}
+    info = {name: str(value)[:100] for name, value in accelerator(worker).items() if value is not None}
     query = {"worker": worker.id, "wait": f"{worker.wait_s if wait_s is None else wait_s:g}", "tools": ",".join(worker.executors),
              "tags": ",".join(worker.tags), "models": ",".join(models), "accelerator": info.get("accelerator"), "memory": info.get("memory"),
-             "standby": worker.standby_s,
+             "standby": worker.standby_s, "max": min(most or 16, worker.max_batch, max(batches)) if batches else None,
              "sessionLeft": None if worker.session_end is None else max(0, round(worker.session_end - worker.clock()))}
     return {name: value for name, value in query.items() if value not in (None, "")}
+
+# %% ../nbs/16_worker.ipynb #b73ac1c0
+def accelerator(worker: Worker) -> Mapping[str, Any]:
+    "What to tell of this machine, as far as it is known just now."
+    try: return worker.info() if callable(worker.info) else worker.info or {}
+    except ColabGPUError: return {}
 
 def loaded(executor: Executor) -> Iterable[str]:
     "The names of the models that an executor has loaded, as far as it says."
@@ -428,41 +595,43 @@ def unheard(worker: Worker) -> None:
     "After hanging up: if the answer we didn't hear was a grant, hand that back."
     try:
         answer = worker.telling.call("GET", "/gpu-jobs/next", params=introduction(worker, 0), connect_s=2, read_s=5, headers=identity(worker))
-        if answer is not None: hand_back(worker, Grant.read(answer))
+        if answer is not None: hand_back_all(worker, Grant.read_all(answer))
     except ColabGPUError: pass  # it isn't there, so it will notice by itself
 
 # %% ../nbs/16_worker.ipynb #0e9a918a
-def serve(worker: Worker, grant: Grant) -> Turn:
-    "Run a granted job and report how it ended."
-    at = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(worker.now()))
-    worker.log(f"[worker] Leased job {grant.id} ({grant.tool}) at {at}")
-    run = worker.run = Run(grant, lambda: worker.clock() - worker.looked_at < 5, int(worker.now() * 1000))
-    worker.run_began, worker.state = worker.clock(), "running"
-    heart = Heart(worker.telling, run, worker.log, worker.drain, worker.clock)
-    try:
-        if grant.token is None: return report(worker, run, perform(worker, run))
-        with heart:
-            body = perform(worker, run)
-            heart.flush()
-            return report(worker, run, body)
-    except KeyboardInterrupt:
-        hand_back(worker, grant)
-        raise
-    finally: worker.run, worker.state = None, "waiting"
-
-def perform(worker: Worker, run: Run) -> dict[str, Any]:
-    "Run the executor; the body of the completion."
-    tool, payload = run.grant.tool, run.grant.job.get("payload")
+def perform(worker: Worker, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    "Run the executor on one job, or on several that share a call; the body of each completion, in order."
+    tool, ready = runs[0].grant.tool, [run for run in runs if run.why is None]
     executor = worker.executors.get(tool)
     if executor is None:
-        return {"status": "error", "kind": "invalid_input", "detail": f"This worker has no tool {tool}; it has {', '.join(worker.executors)}."}
+        detail = f"This worker has no tool {tool}; it has {', '.join(worker.executors)}."
+        return [{"status": "error", "kind": "invalid_input", "detail": detail} for _ in runs]
+    for run in ready: run.shared = len(ready) > 1
+    results = dict(zip([run.job_id for run in ready], attempt(executor, ready), strict=True))
+    for error in {id(r): r for r in results.values() if isinstance(r, BaseException) and not isinstance(r, ColabGPUError)}.values():
+        worker.log("".join(traceback.format_exception(error)).rstrip())
+    return [outcome(worker, tool, results.get(run.job_id, Interrupted(run.reason))) for run in runs]
+
+def attempt(executor: Any, runs: Sequence[Run]) -> list[Any]:
+    "Call an executor; for each run its result, or the exception it came to."
+    jobs = [(p if isinstance(p := run.grant.job.get("payload"), dict) else {}, run) for run in runs]
     try:
-        result = executor.run(payload if isinstance(payload, dict) else {}, run)
-        return {"status": "completed", "result": plain(result, tool)}
-    except (Exception, SystemExit) as e:
-        if not isinstance(e, ColabGPUError): worker.log(traceback.format_exc().rstrip())
-        body = failure(e, tool)
-        return {**body, "detail": scrub(body["detail"], worker.secrets)}
+        if len(jobs) < 2: return [executor.run(payload, run) for payload, run in jobs]
+        results = executor.run_batch(jobs)
+    except (Exception, SystemExit) as e: return [e] * len(jobs)
+    got = f"{len(results)} results" if isinstance(results, list | tuple) else type(results).__name__
+    if got != f"{len(jobs)} results":
+        return [Transient(f"{executor.tool} ran {len(jobs)} jobs in one call and returned {got}: its run_batch must return a list with a result "
+                          "or an exception for each.", retryable=False)] * len(jobs)
+    return [{"batch_size": len(jobs), "batch_index": i, **r} if isinstance(r, dict) else r for i, r in enumerate(results)]
+
+def outcome(worker: Worker, tool: str, result: Any) -> dict[str, Any]:
+    "The body of the completion for what a run came to."
+    try:
+        if not isinstance(result, BaseException): return {"status": "completed", "result": plain(result, tool)}
+    except Transient as e: result = e
+    body = failure(result, tool)
+    return {**body, "detail": scrub(body["detail"], worker.secrets)}
 
 def plain(result: Any, tool: str) -> Any:
     "The result as JSON can say it. Raises `Transient`, not to be retried, when it can't."
@@ -530,26 +699,31 @@ def report(worker: Worker, run: Run, body: dict[str, Any]) -> Turn:
             body = {"status": "error", "kind": "transient", "retryable": False, "detail": f"The server refused the result: {e}"}
             deliver(worker, run, body)
     except ColabGPUError as e: return lost(worker, run, str(e))
+    return ended(worker, run, body)
+
+def ended(worker: Worker, run: Run, body: Mapping[str, Any]) -> Turn:
+    "The server has the run's end."
     if body["status"] == "completed":
-        worker.counts["completed"] += 1
+        worker.count("completed")
         worker.log(f"[worker] Completed job {run.job_id}")
         return Turn("completed", run.job_id)
-    worker.counts["failed"] += 1
+    worker.count("failed")
     worker.last_error = body["detail"]
     worker.log(f"[worker] Job failed {run.job_id}: {body['detail']}")
     return Turn("failed", run.job_id, body["detail"])
 
 def lost(worker: Worker, run: Run, why: str) -> Turn:
     "The job is somebody else's, or the server won't hear of it."
-    worker.counts["lost"] += 1
+    worker.count("lost")
     worker.last_error = why
     worker.log(f"[worker] Job {run.job_id} is no longer ours: {why}" if run.why == "lost" else
                f"[worker] The result of job {run.job_id} was not taken: {why}")
     return Turn("lost", run.job_id, why)
 
+# %% ../nbs/16_worker.ipynb #8fcc3493
 def hand_back(worker: Worker, grant: Grant) -> Turn:
     "Release a job, so that another worker can have it at once, its attempt unspent."
-    worker.counts["released"] += 1
+    worker.count("released")
     if grant.token is None:  # the reference's server has no such route
         worker.log(f"[worker] Left job {grant.id}; the server gives it to another worker when its lease ends.")
         return Turn("released", grant.id)
@@ -560,13 +734,71 @@ def hand_back(worker: Worker, grant: Grant) -> Turn:
     worker.log(f"[worker] Released job {grant.id}: the worker stops.")
     return Turn("released", grant.id)
 
+def hand_back_all(worker: Worker, grants: Iterable[Grant]) -> None:
+    "Release several jobs; when one gets no answer, the others' leases are left to end by themselves."
+    for grant in grants:
+        if hand_back(worker, grant).detail: break
+
+# %% ../nbs/16_worker.ipynb #8eb48dc5
+def serve(worker: Worker, grants: Sequence[Grant]) -> Turn:
+    "Run granted jobs and report how each ended."
+    at, look = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(worker.now())), lambda: worker.clock() - worker.looked_at < 5
+    runs = worker.runs = tuple(Run(grant, look, int(worker.now() * 1000), worker.pulse.bell.set) for grant in grants)
+    worker.run_began, worker.state, turns = worker.clock(), "running", list[Turn]()
+    for grant in grants: worker.log(f"[worker] Leased job {grant.id} ({grant.tool}) at {at}")
+    hearts = [Heart(worker.telling, run, worker.log, worker.drain, worker.clock) for run in runs if run.grant.token is not None]
+    if hearts: worker.ear.open()
+    try:
+        with worker.pulse.beating(hearts):
+            for part in parts(worker, runs): turns += carry_out(worker, part, bool(turns))
+        return Turn.of(turns)
+    except KeyboardInterrupt:
+        hand_back_all(worker, [run.grant for run in runs if not run.over])
+        raise
+    finally: worker.runs, worker.state = (), "waiting"
+
+def parts(worker: Worker, runs: Iterable[Run]) -> Iterator[list[Run]]:
+    "The runs as they are to be called: of one tool as many together as its executor takes well."
+    for tool, same in groupby(runs, key=lambda run: run.grant.tool):
+        most, rest = min(worker.max_batch, takes(worker.executors.get(tool))), list(same)
+        for i in range(0, len(rest), most): yield rest[i:i + most]
+
+# %% ../nbs/16_worker.ipynb #89c4251f
+def carry_out(worker: Worker, runs: Sequence[Run], later: bool = False) -> list[Turn]:
+    "Perform runs that share a call, and report each; `later`: not the first call for these grants."
+    if later and worker.draining.is_set():
+        for run in runs: run.interrupt("stopping", "The worker stops.")
+    return side_by_side(lambda each: conclude(worker, *each), list(zip(runs, perform(worker, runs), strict=True)))
+
+def conclude(worker: Worker, run: Run, body: dict[str, Any]) -> Turn:
+    "Report a run's end; never raises an `Exception`."
+    try:
+        flush(worker.pulse, run)
+        turn = ended(worker, run, {"status": "error", "detail": run.reason}) if run.settled else report(worker, run, body)
+    except Exception as e:  # a bug; the others' results are no worse for it
+        worker.log(traceback.format_exc().rstrip())
+        worker.last_error = scrub(f"{type(e).__name__}: {e}", worker.secrets)
+        turn = Turn("failed", run.job_id, worker.last_error, pause_s=1)
+    run.over = True
+    return turn
+
+def side_by_side(fn: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
+    "Call `fn`, which must not raise, with every item at the same time; the results in order."
+    if len(items) == 1: return [fn(items[0])]
+    results: dict[int, T] = {}
+    def call(i: int) -> None: results[i] = fn(items[i])
+    threads = [threading.Thread(target=call, args=(i,), name="colab-gpu-report", daemon=True) for i in range(len(items))]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    return [results[i] for i in range(len(items))]
+
 # %% ../nbs/16_worker.ipynb #51edd332
 def repeat(worker: Worker, once: bool = False) -> Turn:
     "Turn after turn, until the worker is to stop, the server doesn't want it or, with `once`, a job was run; the last turn."
     worker.log(f"Worker loop started for {worker.id} at {worker.asking.base} ({', '.join(worker.executors)})")
     turn, bugs = Turn("stopped"), 0
     while not worker.draining.is_set():
-        try: turn, bugs = worker.turn(), 0
+        try: turn, bugs = worker.turn(1) if once else worker.turn(), 0
         except Exception as e:
             bugs += 1
             worker.log(traceback.format_exc().rstrip())
@@ -575,35 +807,34 @@ def repeat(worker: Worker, once: bool = False) -> Turn:
         if turn.did == "refused" or (once and turn.did not in ("idle", "offline")): break
         if turn.pause_s: worker.pause(turn.pause_s * (0.9 + random.random() / 5), worker.draining)
     worker.state = "stopped"
+    worker.ear.close()
     worker.log("Worker loop stopped.")
     worker.ended.set()
     return turn
 
 # %% ../nbs/16_worker.ipynb #ff9cde8f
 def stop(worker: Worker, grace_s: float = 0, timeout_s: float = 30) -> bool:
-    """Stop the loop and hand back its job, unless that ends within `grace_s` seconds; whether the thread has ended.
+    """Stop the loop and hand back its jobs, unless they end within `grace_s` seconds; whether the thread has ended.
 
-    After `timeout_s` more seconds the job is handed back without its run, and results that wait for the server are given up.
+    After `timeout_s` more seconds the jobs are handed back without their runs, and results that wait for the server are given up.
     """
     worker.draining.set()
     if not worker.alive or worker._thread is threading.current_thread(): return not worker.alive
     if _ended_within(worker, grace_s): return True
-    run = worker.run
-    if run is not None: run.interrupt("stopping", "The worker stops.")
+    for run in worker.runs: run.interrupt("stopping", "The worker stops.")
     if _ended_within(worker, timeout_s): return True
     worker.giving_up.set()
     if _ended_within(worker, 1): return True
-    run = worker.run
-    if run is not None:
-        run.interrupt("lost", "The worker has stopped.")
-        hand_back(worker, run.grant)
+    left = [run for run in worker.runs if not run.over]
+    for run in left: run.interrupt("lost", "The worker has stopped.")
+    hand_back_all(worker, [run.grant for run in left])
     return not worker.alive
 
 def _ended_within(worker: Worker, seconds: float) -> bool:
     "Hang up again and again: the loop may just have been between two calls."
     deadline = time.monotonic() + seconds
     while worker.alive:
-        if worker.run is None: worker.asking.hang_up()
+        if not worker.runs: worker.asking.hang_up()
         if time.monotonic() >= deadline: break
         worker.join(min(0.1, max(0.0, deadline - time.monotonic())))
     return not worker.alive
@@ -640,7 +871,7 @@ def run_until_interrupted(worker: Worker, timeout_s: float = 30) -> bool:
         if not _joined(worker): return True
         try:
             worker.drain()
-            if worker.run is not None: worker.log("Finishing the job under way; interrupt again to hand it back.")
+            if worker.runs: worker.log("Finishing the job under way; interrupt again to hand it back.")
             again = _joined(worker)
         except KeyboardInterrupt: again = True  # the second came while the first was dealt with
         if again: worker.stop(0, timeout_s)
@@ -652,7 +883,7 @@ def _joined(worker: Worker) -> bool:
     "Wait for the loop's end; whether that was interrupted."
     try:
         while not worker.join(0.2):
-            if worker.draining.is_set() and worker.run is None: worker.asking.hang_up()
+            if worker.draining.is_set() and not worker.runs: worker.asking.hang_up()
     except KeyboardInterrupt: return True
     return False
 

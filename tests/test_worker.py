@@ -17,7 +17,7 @@ from colab_gpu.client import Client, Transport
 from colab_gpu.config import Settings
 from colab_gpu.errors import Transient
 from colab_gpu.server import QueueServer
-from colab_gpu.worker import Worker, start_worker, stop_worker
+from colab_gpu.worker import BURST, Worker, start_worker, stop_worker
 
 
 class Quick:
@@ -219,7 +219,7 @@ def test_what_a_run_says_reaches_a_watcher_in_order_and_whole(tmp_path):
         worker.stop()
     assert "".join(e.data["text"] for e in events if e.kind == "token") == "".join(f"{n} " for n in range(300))
     steps = [e.data["step"] for e in events if e.kind == "progress"]
-    assert steps == sorted(steps) and steps[-1] == 300 and len(steps) <= 2 * took_s + 3
+    assert steps == sorted(steps) and steps[-1] == 300 and len(steps) <= 2 * took_s + 3 + BURST
     assert any(e.kind == "preview" and e.data["image_base64"].startswith("data:image/png;base64,") for e in events)
     assert [e.data["text"] for e in events if e.kind == "log"] == ["That was all."] and events[-1].kind == "done"
 
@@ -450,7 +450,7 @@ def test_a_third_interrupt_stops_at_once(tmp_path, gate):
                 worker.signal(signal.SIGINT)
                 try: code = worker.popen.wait(0.3)
                 except subprocess.TimeoutExpired: pass
-            assert code == 130
+            assert code in (130, -signal.SIGINT)  # a further one that comes while the process exits; a shell calls both 130
 
 
 def test_an_interrupt_in_the_foreground_hands_the_job_back(server, client):

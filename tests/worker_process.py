@@ -1,7 +1,7 @@
 """A worker in a process of its own, with executors that tests steer through files.
 
 `gate` appends the worker's id to the file `mark` when a run begins, then takes steps until the file `gate` exists. `stubborn` does the same
-and never looks up. `paint` returns a picture.
+and never looks up. `paint` returns a picture, `canvas` takes four jobs in one call.
 """
 import os, signal, sys, time
 from pathlib import Path
@@ -40,9 +40,24 @@ class Paint:
         return {"model": "plain", "prompt": payload["prompt"], "seed": 7}
 
 
+class Canvas:
+    "Four at a time: writes its name and how many there are to the file named by the prompt, waits for the file named by the negative prompt."
+    tool = "imagenGenerate"
+
+    def batch_size(self): return 4
+    def run(self, payload, ctx): return self.run_batch([(payload, ctx)])[0]
+    def run_batch(self, jobs):
+        first = jobs[0][0]
+        with open(first["prompt"], "a") as file: file.write(f"{os.environ['WORKER_ID']} {len(jobs)}\n")
+        while not os.path.exists(first["negative_prompt"]):
+            for _, ctx in jobs: ctx.check()
+            time.sleep(0.01)
+        return [{"by": os.environ["WORKER_ID"]} for _ in jobs]
+
+
 def main():
     if os.environ.get("TEST_IGNORE_SIGINT"): signal.signal(signal.SIGINT, signal.SIG_IGN)
-    executors = {"gate": Gate, "stubborn": Stubborn, "paint": Paint}
+    executors = {"gate": Gate, "stubborn": Stubborn, "paint": Paint, "canvas": Canvas}
     worker = Worker([executors[name]() for name in os.environ["TEST_TOOLS"].split(",")])
     try: run_until_interrupted(worker, timeout_s=float(os.environ.get("TEST_TIMEOUT", 30)))
     except KeyboardInterrupt: sys.exit(130)
