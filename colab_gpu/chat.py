@@ -4,7 +4,7 @@
 
 # %% ../nbs/15_chat.ipynb #95cda0c2
 from __future__ import annotations
-import importlib, json, socket, threading, time
+import importlib, socket, threading, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any
@@ -31,8 +31,8 @@ OLLAMA_ERRORS: tuple[tuple[int | None, str, type[ExecutionError], str, str], ...
     (None, "more system memory", OutOfMemory, "ollama_memory", "{model} does not fit into this machine's memory ({why}): take a smaller model."),
     (None, "out of memory", OutOfMemory, "ollama_memory", "{model} does not fit into the GPU's memory ({why}): take a smaller model or num_ctx."),
     (None, "pull model manifest: file does not exist", InvalidInput, "no_such_model", "Ollama's library has no model {model}: check the spelling."),
+    (404, "page not found", InvalidInput, "ollama_old", "What answers at {url} lacks this call: update Ollama, or check OLLAMA_URL."),
     (404, "not found", InvalidInput, "model_missing", "Ollama has no model {model} here: run `ollama pull {model}`, or set OLLAMA_AUTO_PULL=1."),
-    (404, "", InvalidInput, "ollama_old", "What answers at {url} lacks this call ({why}): update Ollama, or check OLLAMA_URL."),
     (401, "", InvalidInput, "ollama_refused", "Ollama refused the key ({why}): check OLLAMA_API_KEY."),
     (400, "", InvalidInput, "ollama_refused", "Ollama refuses this request: {why}."),
     (None, "pull", Transient, "pull_failed", "{model} could not be pulled ({why}): check the network and the disk, then try again."),
@@ -117,7 +117,7 @@ class Spout:
         else: self._ctx.token(text)
 
 # %% ../nbs/15_chat.ipynb #b2557bd3
-_EMPTY = ("", None, [], {})
+_EMPTY: tuple[Any, ...] = ("", None, [], {})
 
 class Reply:
     "What `call` (`generate` or `chat`) answers, from its frames."
@@ -141,7 +141,7 @@ class Reply:
         "The reply as one object."
         texts = {name: "".join(pieces) for name, pieces in self._texts.items()}
         told = {"thinking": texts.get("thinking"), "tool_calls": self._lists.get("tool_calls")}
-        said = {("content" if self.chat else "response"): texts.get("text", ""), **{k: v for k, v in told.items() if v}}
+        said: dict[str, Any] = {("content" if self.chat else "response"): texts.get("text", ""), **{k: v for k, v in told.items() if v}}
         if self.chat: said = {"message": {"role": "assistant", **self._rest, **said}}
         return {**{k: v for k, v in self._last.items() if k in said or v not in _EMPTY}, **said,
                 **({"logprobs": self._lists["logprobs"]} if "logprobs" in self._lists else {})}
@@ -341,8 +341,8 @@ class ChatExecutor:
 
     Parameters
     ----------
-    settings: the settings table's values; `None` reads the environment. ollama: the daemon to talk to, if it is shared; `None`: one of these settings.
-    arbiter: who gives turns on the GPU, when `ollama` is `None`; see `Ollama`.
+    settings: the settings table's values; `None` reads the environment. ollama: the daemon to talk to, when it is shared; `None`: one of
+    these settings. arbiter: who gives turns on the GPU, when `ollama` is `None`; see `Ollama`.
     """
     tool, family = "ollamaChat", "chat"
 

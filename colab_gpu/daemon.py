@@ -86,7 +86,8 @@ def install(folder: Path, say: Callable[[str], Any], environ: Mapping[str, str],
                                                  "https://ollama.com/download says.", code="ollama_missing") from None
             with _ended_after(process): code = _watched(process, check)
         if code:
-            raise Transient(f"Ollama could not be installed: `{line}` ended with {code} ({last_line(kept)}). All it said is in {kept}.", code="ollama_missing")
+            raise Transient(f"Ollama could not be installed: `{line}` ended with {code} ({last_line(kept)}). All it said is in {kept}.",
+                            code="ollama_missing")
 
 def _watched(process: subprocess.Popen[bytes], check: Callable[[], None]) -> int:
     "Wait for a process, asking `check` meanwhile."
@@ -186,7 +187,8 @@ def start_daemon(daemon: Daemon, check: Callable[[], None] = lambda: None) -> No
     if daemon.process is not None and daemon.process.poll() is None: end_process(daemon.process)  # it runs and does not answer
     if not find_program("ollama", USUAL_PLACES): install(daemon.log.parent, daemon.say, daemon.environ, check)
     program = find_program("ollama", USUAL_PLACES)
-    if program is None: raise Transient(f"Ollama was installed, and there is no `ollama` on the PATH: see {daemon.log.parent}.", code="ollama_missing")
+    if program is None:
+        raise Transient(f"Ollama was installed, and there is no `ollama` on the PATH: see {daemon.log.parent}.", code="ollama_missing")
     daemon.log.parent.mkdir(parents=True, exist_ok=True)
     daemon.say(f"[ollama] $ {'OLLAMA_HOST=' + daemon_environment(daemon.url, {})['OLLAMA_HOST']} ollama serve")
     with daemon.log.open("ab") as log:

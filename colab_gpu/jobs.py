@@ -348,7 +348,8 @@ def _read_message(value: Any, name: str) -> dict[str, Any]:
 
 def _a_call(value: Any, name: str) -> dict[str, Any]:
     function = value.get("function") if isinstance(value, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str): raise _wrong(name, 'an object such as {"function": {"name": …}}', value)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise _wrong(name, 'an object such as {"function": {"name": …}}', value)
     return value
 
 _TEXT = _a_text()
