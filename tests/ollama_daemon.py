@@ -31,7 +31,7 @@ NUMBERS = ("temperature", "top_p", "min_p", "repeat_penalty")
 
 
 def full(name):
-    return name if ":" in name else f"{name}:latest"
+    return (name if ":" in name else f"{name}:latest").lower()
 
 
 class State:
