@@ -163,7 +163,7 @@ class Daemon:
         if not self.local: return f"No Ollama answers at {self.url}: start it on that machine, or set OLLAMA_URL."
         if not self.settings["START_OLLAMA"]: return f"No Ollama answers at {self.url}: run `ollama serve`, or set START_OLLAMA=1."
         if find_program("ollama", USUAL_PLACES) or may_install(self.settings["OLLAMA_INSTALL"], self.environ): return None
-        hint = " or set OLLAMA_INSTALL=yes," if sys.platform.startswith("linux") else ""
+        hint = " set OLLAMA_INSTALL=yes, or" if sys.platform.startswith("linux") else ""
         return f"Ollama is not installed:{hint} install it as https://ollama.com/download says."
 
     def ensure(self, check: Callable[[], None] = lambda: None) -> None:

@@ -8,6 +8,7 @@ answered with its own words; words in brackets steer the answer:
     [tokens=N] N tokens instead      [rate=R] R tokens a second        [hold] nothing, until the caller hangs up
     [busy] 503                       [error=N] an error frame after N tokens     [cut=N] the connection ends there
     [die=N] the process ends there   [oom] 500, as when a model doesn't fit      [fail] 500
+    [wait=N] waits after N tokens, until somebody asks for GET /stand-in/go
     [think] thinks first             [call] calls the first tool                 [stuck] never unloads
 
 What it has seen is at `GET /stand-in`. Models are those named in STAND_IN_MODELS (comma list); it can pull those in STAND_IN_LIBRARY.
@@ -40,7 +41,7 @@ class State:
     def __init__(self):
         def names(variable, default=""): return {full(n) for n in os.environ.get(variable, default).split(",") if n}
         self.models, self.library = names("STAND_IN_MODELS", "llama3:8b"), names("STAND_IN_LIBRARY")
-        self.loaded, self.stuck, self.lock = {}, set(), threading.Lock()
+        self.loaded, self.stuck, self.lock, self.go = {}, set(), threading.Lock(), threading.Event()
         self.seen = {"requests": [], "tokens": 0, "stopped": 0, "pulls": [], "pulling": 0, "most_pulling": 0, "unloads": [], "bodies": []}
 
     def count(self, name, by=1):
@@ -76,6 +77,9 @@ class Handler(BaseHTTPRequestHandler):
             with STATE.lock:
                 rows = [{**model_row(n), "expires_at": until, "size_vram": SIZE, "context_length": 4096} for n, until in STATE.loaded.items()]
             return self.json({"models": rows})
+        if path == "/stand-in/go":
+            STATE.go.set()
+            return self.json({})
         if path == "/stand-in": return self.json({**STATE.seen, "loaded": list(STATE.loaded), "pid": os.getpid()})
         return self.answer(404, b"404 page not found", "text/plain")
 
@@ -189,6 +193,7 @@ class Handler(BaseHTTPRequestHandler):
         for n, frame in enumerate(f for part in (frames, (made(p, **extra(p)) for p in pieces)) for f in part):
             for word, act in (("die", lambda: os._exit(9)), ("cut", self.cut), ("error", lambda: self.fail_in_stream())):
                 if steer.get(word) == str(n): return act()
+            while steer.get("wait") == str(n) and not STATE.go.is_set(): self.pause(0.05)
             if gap:
                 due += gap
                 self.pause(max(0.0, due - time.monotonic()))

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from conftest import TOKEN
 from processes import eventually
 
 from colab_gpu.chat import ChatExecutor, EmbedExecutor, Ollama, ollama_client, unload
+from colab_gpu.cli import _check_chat
 from colab_gpu.client import Client
 from colab_gpu.config import Settings
 from colab_gpu.daemon import USUAL_PLACES, Daemon, find_program
@@ -28,8 +30,8 @@ HERE = Path(__file__).resolve().parent
 posix = pytest.mark.skipif(os.name == "nt", reason="the shim is a POSIX script")
 
 
-def seen(url):
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/stand-in") as answer:
+def seen(url, path="/stand-in"):
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url + path) as answer:
         return json.load(answer)
 
 
@@ -412,17 +414,120 @@ def test_it_is_installed_only_when_allowed(tmp_path, monkeypatch, wish):
     daemon = Daemon(own, say=lines.append)
     try:
         if wish in ("no", "auto"):
-            with pytest.raises(Transient, match="Ollama is not installed: or set OLLAMA_INSTALL=yes|Ollama is not installed"): daemon.ensure()
+            with pytest.raises(Transient, match="Ollama is not installed: set OLLAMA_INSTALL=yes, or install it as"): daemon.ensure()
             assert not lines and not (tmp_path / "data").exists()
         elif wish == "broken":
-            with pytest.raises(Transient, match=r"could not be installed: `curl .*` ended with 22 \(it said nothing|could not be installed: `curl .*` ended with 22"):
-                daemon.ensure()
+            with pytest.raises(Transient, match=r"could not be installed: `curl .*` ended with 22 .*ollama-install\.log"): daemon.ensure()
         else:
             daemon.ensure()
-            assert [line.split()[2] if "sudo" not in line else line.split()[4] for line in lines[:4]] == ["apt-get", "apt-get", "curl", "sh"]
+            assert [line.removeprefix("[ollama] $ ").removeprefix("sudo -n ").split()[0] for line in lines[:4]] == ["apt-get", "apt-get", "curl", "sh"]
             log = (tmp_path / "data" / "logs" / "ollama-install.log").read_text()
             assert "apt-get install -y -qq zstd" in log and "installed" in log and daemon.ours
     finally: daemon.stop()
+
+
+# --- from the command to the daemon and back
+
+
+@pytest.fixture
+def stack(serve, processes, tmp_path):
+    """A server and `colab-gpu worker`, both processes; what the worker is told comes from `env`."""
+    server = serve(GPU_HEARTBEAT_LEASE_SECONDS=3)
+
+    def start(*argv, **env):
+        worker = processes(sys.executable, "-m", "colab_gpu", "worker", "--tools", "ollamaChat,ollamaEmbed", *argv, STACK_API_BASE=server.url,
+                           STACK_WORKER_TOKEN=TOKEN, COLAB_GPU_DATA=tmp_path / "worker", **env)
+        worker.wait_for("Worker loop started")
+        return worker
+
+    start.server, start.client = server, Client(server.url, "")
+    return start
+
+
+def run_cli(server, *argv, stdin=None, **env):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("GPU_", "STACK_", "OLLAMA_", "START_OLLAMA"))}
+    done = subprocess.run([sys.executable, "-m", "colab_gpu", *map(str, argv)], cwd=HERE.parent, text=True, capture_output=True, input=stdin, timeout=120,
+                          env={**clean, "STACK_API_BASE": server.url, **env})
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_chat_from_the_command_line(stack, stand_in, tmp_path):
+    url = stand_in(STAND_IN_LIBRARY="tiny")
+    stack(OLLAMA_URL=url, OLLAMA_PRELOAD_MODELS="llama3:8b", OLLAMA_AUTO_PULL="1").wait_for(r"llama3:8b is loaded")
+    picture = tmp_path / "dot.png"
+    picture.write_bytes(b"hi")
+    assert run_cli(stack.server, "chat", "the quick brown fox", "--system", "Be brief.", "--option", "temperature=0.2", "--image", picture) == (0, "the quick brown fox\n", "")
+    sent = seen(url)["bodies"][-1]
+    assert (sent["system"], sent["options"], sent["images"], sent["model"]) == ("Be brief.", {"temperature": 0.2}, ["aGk="], "llama3:8b")
+    code, out, err = run_cli(stack.server, "chat", "-", "--json", "--model", "tiny", stdin="from a pipe")
+    assert code == 0 and json.loads(out)["response"] == "from a pipe" and json.loads(out)["eval_count"] == 3 and "tiny:latest" in seen(url)["pulls"]
+    code, out, err = run_cli(stack.server, "chat", "x", "--option", "temprature=1")
+    assert code == 2 and "did you mean `temperature`" in err
+    code, out, err = run_cli(stack.server, "chat", "x", "--model", "nonesuch")
+    assert code == 1 and "library has no model nonesuch" in err and not out
+    code, out, _ = run_cli(stack.server, "submit", "ollamaEmbed", "model=tiny", 'input=["a","b"]', "--wait", "--json")
+    assert code == 0 and len(json.loads(out)["result"]["embeddings"]) == 2
+
+
+def test_chat_from_the_client(stack, stand_in):
+    url = stand_in()
+    stack(OLLAMA_URL=url)
+    chat = stack.client.chat([{"role": "user", "content": "[tokens=300] [wait=100]"}])
+    pieces = [next(iter(chat))]
+    seen(url, "/stand-in/go")  # the rest is written only now
+    pieces += chat
+    assert "".join(pieces) == chat.text == chat.reply["message"]["content"] and chat.reply["eval_count"] == 300
+    chat = stack.client.chat("[tokens=100000] [rate=500]")
+    next(iter(chat))
+    chat.job.cancel()
+    assert chat.job.wait(60).status == "canceled"
+    eventually(lambda: seen(url)["stopped"] == 1, "Ollama's stop")
+    assert seen(url)["tokens"] < 50_000
+
+
+@posix
+def test_an_interrupted_chat_is_canceled(stack, stand_in, processes):
+    url = stand_in()
+    stack(OLLAMA_URL=url)
+    chat = processes(sys.executable, "-m", "colab_gpu", "chat", "[hold]", STACK_API_BASE=stack.server.url)
+    eventually(lambda: "/api/generate" in seen(url)["requests"])
+    chat.signal(signal.SIGINT)
+    assert chat.popen.wait(60) == 130
+    eventually(lambda: seen(url)["stopped"] == 1, "Ollama's stop")
+    [job] = stack.client.jobs()
+    assert job.wait(60).status == "canceled"
+
+
+@posix
+def test_the_worker_starts_the_daemon_and_takes_it_along(stack, shim):
+    url = f"http://127.0.0.1:{free_port()}"
+    worker = stack(OLLAMA_URL=url, START_OLLAMA="1", PATH=os.environ["PATH"])
+    assert run_cli(stack.server, "chat", "hello")[:2] == (0, "hello\n")
+    first = seen(url)["pid"]
+    job = stack.client.submit("ollamaChat", {"prompt": "[tokens=9] [die=3]"}, maxAttempts=2).wait(60)
+    assert job.status == "failed" and "vanished in the middle" in job.detail and job.data["attempts"] == 2, "tried again, by a new daemon"
+    assert run_cli(stack.server, "chat", "hello")[:2] == (0, "hello\n")
+    last = seen(url)["pid"]
+    assert first != last and len([line for line in worker.lines if line and "ollama serve" in line]) == 3
+    worker.signal(signal.SIGTERM)
+    assert worker.popen.wait(60) == 130
+    assert not Daemon(settings(url)).alive
+
+
+def test_what_the_worker_and_the_doctor_say_without_ollama(serve, tmp_path):
+    server = serve()
+    bare = {"OLLAMA_URL": f"http://127.0.0.1:{free_port()}", "START_OLLAMA": "0", "COLAB_GPU_DATA": str(tmp_path)}
+    code, _, err = run_cli(server, "worker", "--once", "--tools", "ollamaChat", **bare)
+    assert code in (1, 2) and ("ollamaChat" in err or "Ollama" in err)
+    what, state, detail = _check_chat(Settings(bare, environ={}))
+    assert (what, state) == ("chat", "note") and "run `ollama serve`, or set START_OLLAMA=1" in detail
+
+
+def test_the_doctor_finds_ollama(stand_in, shim):
+    url = stand_in()
+    assert _check_chat(settings(url)) == ("chat", "ok", f"Ollama 0.12.6 at {url}")
+    assert _check_chat(settings(f"http://127.0.0.1:{free_port()}", START_OLLAMA="1"))[1] == "ok"
 
 
 # --- a real Ollama, where there is one
