@@ -4,7 +4,7 @@
 
 # %% ../nbs/15_chat.ipynb #95cda0c2
 from __future__ import annotations
-import importlib, socket, threading, time
+import socket, threading, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any
@@ -15,13 +15,13 @@ from .jobs import ChatRequest, EmbedRequest, LocalContext, RunContext
 
 # %% auto #0
 __all__ = ['OLLAMA_ERRORS', 'LOOK_S', 'ollama_client', 'ollama_error', 'vanished', 'Guard', 'Spout', 'Reply', 'model_key',
-           'Ollama', 'translated', 'unload', 'leave', 'Share', 'pull', 'calling', 'preload', 'ollama_turn',
-           'with_model', 'converse', 'ChatExecutor', 'EmbedExecutor']
+           'translated', 'OllamaCalls', 'Ollama', 'unload', 'leave', 'Share', 'pull', 'calling', 'preload',
+           'ollama_turn', 'with_model', 'converse', 'ChatExecutor', 'EmbedExecutor']
 
 # %% ../nbs/15_chat.ipynb #8522e63b
 def ollama_client(url: str, local: bool = False) -> Any:
     "An `ollama.Client` for `url`; `local`: pass by the proxies of the environment. Raises `Transient` with the command that installs the package."
-    try: ollama, httpx = importlib.import_module("ollama"), importlib.import_module("httpx")
+    try: import httpx, ollama
     except ImportError as e: raise Transient(f'Chatting needs the package ollama ({e}): run `pip install "colab-gpu[chat]"`.') from None
     return ollama.Client(url, limits=httpx.Limits(max_keepalive_connections=0), trust_env=not local)
 
@@ -148,11 +148,50 @@ class Reply:
 
 # %% ../nbs/15_chat.ipynb #ebf3bfe2
 def model_key(name: str) -> str:
-    "Names that mean the same model have the same key: case and `:latest` make no difference."
+    "Names that mean the same model have the same key."
     name = name.strip().lower()
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
-class Ollama:
+@contextmanager
+def translated(url: str, model: str, reply: Reply | None = None) -> Iterator[None]:
+    "Raise the tree's error for whatever a call raises; errors of our own pass."
+    try: yield
+    except ColabGPUError: raise
+    except Exception as e: raise ollama_error(e, url=url, model=model, begun=bool(reply and reply._texts)) from None
+
+class OllamaCalls:
+    "What is asked of the Ollama at `url`; `local`: it is on this machine."
+    def __init__(self, url: str, local: bool) -> None:
+        self.url, self.local, self._making = url, local, threading.Lock()
+        self._client: Any = None
+
+    @property
+    def client(self) -> Any:
+        with self._making:
+            if self._client is None: self._client = ollama_client(self.url, self.local)
+            return self._client
+
+    def frames(self, path: str, body: Mapping[str, Any], guard: Guard) -> Any:
+        "A generator of what Ollama answers, frame by frame. Raises what the package raises."
+        return self.client._request(dict, "POST", path, json=dict(body), stream=True, extensions={"trace": guard.trace}, timeout=(5, 600, 60, 60))
+    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None, guard: Guard | None = None, read_s: float = 10) -> Any:
+        "One call, one answer. Raises what the package raises."
+        more = {} if body is None else {"json": dict(body)}
+        return self.client._request(dict, method, path, extensions={"trace": guard.trace} if guard else {}, timeout=(5, read_s, 60, 60), **more)
+
+    def rows(self, path: str = "/api/ps") -> list[dict[str, Any]]:
+        "Ollama's rows on the models it has loaded; with `/api/tags` on all that it has. Raises `ExecutionError`."
+        with translated(self.url, ""): return list(self.ask("GET", path).get("models") or [])
+    def models(self) -> list[str]:
+        "The names of the loaded models; none when Ollama is away."
+        try: return [row["model"] for row in self.rows()]
+        except ExecutionError: return []
+    def has(self, model: str) -> bool:
+        "Whether Ollama has this model on its disk."
+        return model_key(model) in {model_key(row["model"]) for row in self.rows("/api/tags")}
+
+# %% ../nbs/15_chat.ipynb #f1fd3b5e
+class Ollama(OllamaCalls):
     """An Ollama daemon: calls, models, memory; a `gpu.Holder`.
 
     Parameters
@@ -166,42 +205,17 @@ class Ollama:
                  say: Callable[[str], Any] = print) -> None:
         self.settings = Settings() if settings is None else settings
         self.daemon = daemon or Daemon(self.settings, say=say)
-        self.url, self.say, self.arbiter = self.daemon.url, say, arbiter if self.daemon.local else None
-        self._client: Any = None
-        self._making, self._pulling = threading.Lock(), threading.Lock()
+        super().__init__(self.daemon.url, self.daemon.local)
+        self.say, self.arbiter, self._pulling = say, arbiter if self.local else None, threading.Lock()
         if self.arbiter is not None: self.arbiter.join(self)
 
     def __repr__(self) -> str: return f"Ollama({self.url}, loaded: {', '.join(self.models()) or 'nothing'})"
     @property
-    def default_model(self) -> str: return (*self.settings["OLLAMA_PRELOAD_MODELS"], "llama3:8b")[0]
-    @property
-    def client(self) -> Any:
-        with self._making:
-            if self._client is None: self._client = ollama_client(self.url, self.daemon.local)
-            return self._client
-
-    def frames(self, path: str, body: Mapping[str, Any], guard: Guard) -> Iterator[dict[str, Any]]:
-        "What Ollama answers, frame by frame. Raises what the package raises."
-        return self.client._request(dict, "POST", path, json=dict(body), stream=True, extensions={"trace": guard.trace}, timeout=(5, 600, 60, 60))  # type: ignore[no-any-return]
-    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None, guard: Guard | None = None, read_s: float = 10) -> dict[str, Any]:
-        "One call, one answer. Raises what the package raises."
-        more = {} if body is None else {"json": dict(body)}
-        return self.client._request(dict, method, path, extensions={"trace": guard.trace} if guard else {}, timeout=(5, read_s, 60, 60), **more)  # type: ignore[no-any-return]
-
-    def rows(self, path: str = "/api/ps") -> list[dict[str, Any]]:
-        "Ollama's rows on the models it has loaded; with `/api/tags` all that it has. Raises `ExecutionError`."
-        with translated(self.url, ""): return list(self.ask("GET", path).get("models") or [])
-    def models(self) -> list[str]:
-        "The names of the loaded models; none when Ollama is away."
-        try: return [row["model"] for row in self.rows()]
-        except ExecutionError: return []
-    def has(self, model: str) -> bool:
-        "Whether Ollama has this model on its disk."
-        return model_key(model) in {model_key(row["model"]) for row in self.rows("/api/tags")}
+    def default_model(self) -> str: return str((*self.settings["OLLAMA_PRELOAD_MODELS"], "llama3:8b")[0])
 
     def held_bytes(self) -> int:
         "What the loaded models hold of this machine's GPU."
-        try: return sum(int(row.get("size_vram") or 0) for row in self.rows()) if self.daemon.local else 0
+        try: return sum(int(row.get("size_vram") or 0) for row in self.rows()) if self.local else 0
         except ExecutionError: return 0
     def leave(self, need_bytes: int) -> None:
         "Unload models, those first that would go first anyway, until `need_bytes` are free or none is left."
@@ -213,13 +227,6 @@ class Ollama:
         "Let go of the connection, and stop the daemon if we started it."
         self.daemon.stop()
         if self._client is not None: self._client.close()
-
-@contextmanager
-def translated(url: str, model: str, reply: Reply | None = None) -> Iterator[None]:
-    "Raise the tree's error for whatever a call raises; errors of our own pass."
-    try: yield
-    except ColabGPUError: raise
-    except Exception as e: raise ollama_error(e, url=url, model=model, begun=bool(reply and reply._texts)) from None
 
 # %% ../nbs/15_chat.ipynb #4a284eeb
 def unload(ollama: Ollama, model: str, timeout_s: float = 30) -> bool:
@@ -259,7 +266,7 @@ def pull(ollama: Ollama, model: str, on_percent: Callable[[int], Any] = lambda p
         if ollama.has(model): return
         ollama.say(f"[ollama] $ ollama pull {model}")
         share, told, done = Share(), -1, False
-        with calling(ollama, model, check) as guard, closing(ollama.frames("/api/pull", {"model": model, "stream": True}, guard)) as frames:  # type: ignore[type-var]
+        with calling(ollama, model, check) as guard, closing(ollama.frames("/api/pull", {"model": model, "stream": True}, guard)) as frames:
             for frame in frames:
                 check()
                 percent, done = share.add(frame), frame.get("status") == "success"
@@ -324,7 +331,7 @@ def converse(ollama: Ollama, call: str, model: str, body: Mapping[str, Any], ctx
     "Call `generate` or `chat` and stream the answer to `ctx`; the reply. Raises `ExecutionError`."
     reply, spout = Reply(call), Spout(ctx)
     with calling(ollama, model, ctx.check, spout.flush, reply=reply) as guard, \
-            closing(ollama.frames(f"/api/{call}", {**body, "model": model, "stream": True}, guard)) as frames:  # type: ignore[type-var]
+            closing(ollama.frames(f"/api/{call}", {**body, "model": model, "stream": True}, guard)) as frames:
         for frame in frames:
             ctx.check()
             text, thought = reply.add(frame)

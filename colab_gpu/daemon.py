@@ -15,7 +15,8 @@ from .errors import Transient
 
 # %% auto #0
 __all__ = ['USUAL_PLACES', 'INSTALL_SCRIPT', 'ollama_version', 'is_loopback', 'find_program', 'daemon_environment',
-           'install_commands', 'may_install', 'install', 'last_line', 'end_process', 'Daemon', 'start_daemon']
+           'install_commands', 'may_install', 'install', 'last_line', 'end_process', 'Daemon', 'obstacle',
+           'start_daemon']
 
 # %% ../nbs/14b_daemon.ipynb #7b647e57
 def ollama_version(url: str, timeout_s: float = 2) -> str | None:
@@ -156,16 +157,8 @@ class Daemon:
     def local(self) -> bool: return is_loopback(self.url)
 
     def obstacle(self) -> str | None:
-        "Why no daemon could be had, as a sentence; `None` when one answers, or can be started."
-        version = ollama_version(self.url)
-        if version: return None
-        if version == "": return f"What answers at {self.url} is not Ollama: set OLLAMA_URL."
-        if not self.local: return f"No Ollama answers at {self.url}: start it on that machine, or set OLLAMA_URL."
-        if not self.settings["START_OLLAMA"]: return f"No Ollama answers at {self.url}: run `ollama serve`, or set START_OLLAMA=1."
-        if find_program("ollama", USUAL_PLACES) or may_install(self.settings["OLLAMA_INSTALL"], self.environ): return None
-        hint = " set OLLAMA_INSTALL=yes, or" if sys.platform.startswith("linux") else ""
-        return f"Ollama is not installed:{hint} install it as https://ollama.com/download says."
-
+        "See `obstacle`."
+        return obstacle(self)
     def ensure(self, check: Callable[[], None] = lambda: None) -> None:
         "Return once an Ollama answers, starting one if need be and allowed. Raises `Transient` with what to do, and what `check` raises."
         with self._lock:
@@ -180,6 +173,18 @@ class Daemon:
             self.process = None
     def __enter__(self) -> Daemon: return self
     def __exit__(self, *_: Any) -> None: self.stop()
+
+# %% ../nbs/14b_daemon.ipynb #c692d15a
+def obstacle(daemon: Daemon) -> str | None:
+    "Why no daemon could be had, as a sentence; `None` when one answers, or can be started."
+    version = ollama_version(daemon.url)
+    if version: return None
+    if version == "": return f"What answers at {daemon.url} is not Ollama: set OLLAMA_URL."
+    if not daemon.local: return f"No Ollama answers at {daemon.url}: start it on that machine, or set OLLAMA_URL."
+    if not daemon.settings["START_OLLAMA"]: return f"No Ollama answers at {daemon.url}: run `ollama serve`, or set START_OLLAMA=1."
+    if find_program("ollama", USUAL_PLACES) or may_install(daemon.settings["OLLAMA_INSTALL"], daemon.environ): return None
+    hint = " set OLLAMA_INSTALL=yes, or" if sys.platform.startswith("linux") else ""
+    return f"Ollama is not installed:{hint} install it as https://ollama.com/download says."
 
 # %% ../nbs/14b_daemon.ipynb #47b05dee
 def start_daemon(daemon: Daemon, check: Callable[[], None] = lambda: None) -> None:
