@@ -155,7 +155,6 @@ class Daemon:
     def alive(self) -> bool: return bool(ollama_version(self.url))
     @property
     def local(self) -> bool: return is_loopback(self.url)
-
     def obstacle(self) -> str | None:
         "See `obstacle`."
         return obstacle(self)
@@ -165,7 +164,6 @@ class Daemon:
             why = self.obstacle()
             if why: raise Transient(why, code="ollama_down")
             if not self.alive: start_daemon(self, check)
-
     def stop(self) -> None:
         "Stop the daemon if we started it."
         with self._lock:
