@@ -42,7 +42,7 @@ class State:
         def names(variable, default=""): return {full(n) for n in os.environ.get(variable, default).split(",") if n}
         self.models, self.library = names("STAND_IN_MODELS", "llama3:8b"), names("STAND_IN_LIBRARY")
         self.loaded, self.stuck, self.lock, self.go = {}, set(), threading.Lock(), threading.Event()
-        self.seen = {"requests": [], "tokens": 0, "stopped": 0, "pulls": [], "pulling": 0, "most_pulling": 0, "unloads": [], "bodies": []}
+        self.seen = {"requests": [], "tokens": 0, "stopped": 0, "stopped_at": 0.0, "pulls": [], "pulling": 0, "most_pulling": 0, "unloads": [], "bodies": []}
 
     def count(self, name, by=1):
         with self.lock:
@@ -95,6 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         if act is None: return self.answer(404, b"404 page not found", "text/plain")
         try: act(body)
         except (Gone, BrokenPipeError, ConnectionResetError):
+            STATE.seen["stopped_at"] = time.monotonic()
             STATE.count("stopped")
             self.close_connection = True
 
