@@ -363,6 +363,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'colab_gpu.daemon.Daemon.obstacle': ('daemon.html#daemon.obstacle', 'colab_gpu/daemon.py'),
                                   'colab_gpu.daemon.Daemon.ours': ('daemon.html#daemon.ours', 'colab_gpu/daemon.py'),
                                   'colab_gpu.daemon.Daemon.stop': ('daemon.html#daemon.stop', 'colab_gpu/daemon.py'),
+                                  'colab_gpu.daemon._another_answers': ('daemon.html#_another_answers', 'colab_gpu/daemon.py'),
                                   'colab_gpu.daemon._await_ready': ('daemon.html#_await_ready', 'colab_gpu/daemon.py'),
                                   'colab_gpu.daemon._ended_after': ('daemon.html#_ended_after', 'colab_gpu/daemon.py'),
                                   'colab_gpu.daemon._hard': ('daemon.html#_hard', 'colab_gpu/daemon.py'),

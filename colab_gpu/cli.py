@@ -4,7 +4,7 @@
 
 # %% ../nbs/20_cli.ipynb #d204875e
 from __future__ import annotations
-import argparse, base64, json, os, sys, tempfile, time
+import argparse, base64, json, os, signal, sys, tempfile, threading, time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -246,7 +246,10 @@ def chat_executors(settings: Settings) -> list[Any]:
     if not (find_spec("colab_gpu.chat") and find_spec("ollama")): return []
     from colab_gpu.chat import ChatExecutor, EmbedExecutor, Ollama
     ollama = Ollama(settings, say=lambda line: print(line, flush=True))
-    return [] if ollama.daemon.obstacle() else [ChatExecutor(ollama=ollama), EmbedExecutor(ollama=ollama)]
+    why = ollama.daemon.obstacle()
+    if why is None: return [ChatExecutor(ollama=ollama), EmbedExecutor(ollama=ollama)]
+    say(f"[ollama] No chat jobs here: {why}")
+    return []
 
 def preload_chat(executors: Sequence[Any], settings: Settings) -> None:
     "Pull and load OLLAMA_PRELOAD_MODELS; what fails is said, and tried again by the first job."
@@ -263,6 +266,7 @@ def cmd_worker(args: argparse.Namespace) -> int:
     settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id)
     worker = Worker(executors_here(settings), settings, log=lambda text: print(text, flush=True))
     if not worker.tools: raise ExecutionError(f"This machine has none of the tools. {NEEDS_IMAGES}. {NEEDS_CHAT}")
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what we started ends
     try:
         preload_chat([*worker.executors.values()], settings)
         if args.once:

@@ -14,9 +14,9 @@ from .config import SETTINGS, Settings
 from .errors import Transient
 
 # %% auto #0
-__all__ = ['USUAL_PLACES', 'INSTALL_SCRIPT', 'ollama_version', 'is_loopback', 'find_program', 'daemon_environment',
-           'install_commands', 'may_install', 'install', 'last_line', 'end_process', 'Daemon', 'obstacle',
-           'start_daemon']
+__all__ = ['USUAL_PLACES', 'INSTALL_SCRIPT', 'MOST_LOG_BYTES', 'ollama_version', 'is_loopback', 'find_program',
+           'daemon_environment', 'install_commands', 'may_install', 'install', 'last_line', 'end_process', 'Daemon',
+           'obstacle', 'start_daemon']
 
 # %% ../nbs/14b_daemon.ipynb #7b647e57
 def ollama_version(url: str, timeout_s: float = 2) -> str | None:
@@ -185,6 +185,8 @@ def obstacle(daemon: Daemon) -> str | None:
     return f"Ollama is not installed:{hint} install it as https://ollama.com/download says."
 
 # %% ../nbs/14b_daemon.ipynb #47b05dee
+MOST_LOG_BYTES = 10_000_000
+
 def start_daemon(daemon: Daemon, check: Callable[[], None] = lambda: None) -> None:
     "Start `ollama serve` and wait until it answers, installing it first if it is missing. Raises `Transient`, and what `check` raises."
     if daemon.process is not None and daemon.process.poll() is None: end_process(daemon.process)  # it runs and does not answer
@@ -193,6 +195,7 @@ def start_daemon(daemon: Daemon, check: Callable[[], None] = lambda: None) -> No
     if program is None:
         raise Transient(f"Ollama was installed, and there is no `ollama` on the PATH: see {daemon.log.parent}.", code="ollama_missing")
     daemon.log.parent.mkdir(parents=True, exist_ok=True)
+    if daemon.log.exists() and daemon.log.stat().st_size > MOST_LOG_BYTES: daemon.log.replace(daemon.log.with_suffix(".old.log"))
     daemon.say(f"[ollama] $ {'OLLAMA_HOST=' + daemon_environment(daemon.url, {})['OLLAMA_HOST']} ollama serve")
     with daemon.log.open("ab") as log:
         try: daemon.process = subprocess.Popen([program, "serve"], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
@@ -206,7 +209,7 @@ def start_daemon(daemon: Daemon, check: Callable[[], None] = lambda: None) -> No
 def _await_ready(daemon: Daemon, process: subprocess.Popen[bytes], check: Callable[[], None]) -> None:
     deadline = time.monotonic() + daemon.ready_s
     while not daemon.alive:
-        if process.poll() is not None:
+        if process.poll() is not None and not _another_answers(daemon):
             raise Transient(f"`ollama serve` ended at once ({last_line(daemon.log)}): see {daemon.log}.", code="ollama_down")
         if time.monotonic() > deadline:
             end_process(process)
@@ -216,3 +219,11 @@ def _await_ready(daemon: Daemon, process: subprocess.Popen[bytes], check: Callab
             end_process(process)
             raise
         time.sleep(0.05)
+
+def _another_answers(daemon: Daemon) -> bool:
+    "Whether the address is taken by an Ollama that somebody else started at the same time and that answers soon."
+    if b"address already in use" not in daemon.log.read_bytes()[-4000:]: return False
+    for _ in range(30):
+        if daemon.alive: return True
+        time.sleep(0.1)
+    return False

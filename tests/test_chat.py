@@ -515,6 +515,30 @@ def test_the_worker_starts_the_daemon_and_takes_it_along(stack, shim):
     assert not Daemon(settings(url)).alive
 
 
+@posix
+def test_a_worker_that_is_ended_while_it_preloads_takes_the_daemon_along(serve, processes, shim, tmp_path):
+    url = f"http://127.0.0.1:{free_port()}"
+    worker = processes(sys.executable, "-m", "colab_gpu", "worker", "--tools", "ollamaChat", STACK_API_BASE=serve().url, STACK_WORKER_TOKEN=TOKEN,
+                       COLAB_GPU_DATA=tmp_path / "worker", OLLAMA_URL=url, OLLAMA_PRELOAD_MODELS="slow", STAND_IN_LIBRARY="slow", PATH=os.environ["PATH"])
+    worker.wait_for(r"slow: 0 % pulled")
+    assert Daemon(settings(url)).alive
+    worker.signal(signal.SIGTERM)
+    assert worker.popen.wait(60) == 143
+    assert not Daemon(settings(url)).alive
+
+
+@posix
+def test_two_that_start_a_daemon_at_once_share_it(shim, tmp_path):
+    own = settings(f"http://127.0.0.1:{free_port()}", tmp_path, START_OLLAMA="1")
+    first, second = (Daemon(own, say=lambda line: None) for _ in "ab")
+    try:
+        threads = [threading.Thread(target=d.ensure) for d in (first, second)]
+        for t in threads: t.start()
+        for t in threads: t.join(60)
+        assert first.alive and first.ours + second.ours >= 1
+    finally: first.stop(); second.stop()
+
+
 def test_what_the_worker_and_the_doctor_say_without_ollama(serve, tmp_path):
     server = serve()
     bare = {"OLLAMA_URL": f"http://127.0.0.1:{free_port()}", "START_OLLAMA": "0", "COLAB_GPU_DATA": str(tmp_path)}
