@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from conftest import TOKEN
 from processes import eventually
 
-from colab_gpu.chat import ChatExecutor, EmbedExecutor, Ollama, ollama_client, unload
+from colab_gpu.chat import ChatExecutor, EmbedExecutor, Guard, Ollama, ollama_client, unload
 from colab_gpu.cli import _check_chat
 from colab_gpu.client import Client
 from colab_gpu.config import Settings
@@ -61,7 +62,6 @@ def write_shim(path, body=None):
 
 
 def free_port():
-    import socket
     with socket.create_server(("127.0.0.1", 0)) as s: return s.getsockname()[1]
 
 
@@ -251,16 +251,30 @@ def test_cancel_in_the_middle(stand_in):
     assert len("".join(ctx.tokens)) < 12 + 4 * 50
 
 
-def test_cancel_while_embedding_waits(stand_in):
-    from colab_gpu.chat import Guard
+def test_cancel_while_a_whole_answer_is_waited_for(stand_in):
+    """As for embeddings, which come at once or not at all."""
+    import httpx
     url, stop = stand_in(), threading.Event()
     def check():
         if stop.is_set(): raise Interrupted("The job was canceled.")
-    ollama = Ollama(settings(url))
     with Guard(check) as guard:
         threading.Timer(0.05, stop.set).start()
-        with pytest.raises(Exception): ollama.ask("POST", "/api/generate", {"model": "llama3:8b", "prompt": "[hold]"}, guard, read_s=60)  # noqa: B017
-    assert guard.cut
+        with pytest.raises(httpx.HTTPError) as caught:
+            Ollama(settings(url)).ask("POST", "/api/generate", {"model": "llama3:8b", "prompt": "[hold]"}, guard, read_s=30)
+    assert guard.cut and not isinstance(caught.value, httpx.TimeoutException)
+    eventually(lambda: seen(url)["stopped"] == 1, "Ollama's stop")
+
+
+def test_a_connection_made_after_the_cancel_is_cut_too():
+    class Stream:
+        def get_extra_info(self, name): return ours
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        guard = Guard()
+        guard.cut = True
+        guard.trace("connection.connect_tcp.complete", {"return_value": Stream()})
+        theirs.settimeout(30)
+        assert theirs.recv(1) == b""
 
 
 # --- models
