@@ -251,14 +251,25 @@ def test_cancel_in_the_middle(stand_in):
     assert len("".join(ctx.tokens)) < 12 + 4 * 50
 
 
+def test_not_one_token_more_is_taken(stand_in):
+    chat, ctx, taken = talker(stand_in()), Ctx(stop_after=1), []
+    frames = chat.ollama.frames
+    chat.ollama.frames = lambda *args: (taken.append(frame) or frame for frame in frames(*args))
+    with pytest.raises(Interrupted): chat.run({"prompt": "[tokens=100000]"}, ctx)
+    assert len(taken) == 2 and ctx.tokens == [" 000"]
+
+
 def test_cancel_while_a_whole_answer_is_waited_for(stand_in):
     """As for embeddings, which come at once or not at all."""
     import httpx
     url, stop = stand_in(), threading.Event()
     def check():
         if stop.is_set(): raise Interrupted("The job was canceled.")
+    def order():
+        eventually(lambda: "/api/generate" in seen(url)["requests"])
+        stop.set()
     with Guard(check) as guard:
-        threading.Timer(0.05, stop.set).start()
+        threading.Thread(target=order).start()
         with pytest.raises(httpx.HTTPError) as caught:
             Ollama(settings(url)).ask("POST", "/api/generate", {"model": "llama3:8b", "prompt": "[hold]"}, guard, read_s=30)
     assert guard.cut and not isinstance(caught.value, httpx.TimeoutException)
@@ -397,7 +408,9 @@ def test_a_daemon_that_never_answers(shim, tmp_path):
     with pytest.raises(Transient, match=r"did not answer at .* within 0\.3 s"): daemon.ensure()
     assert not daemon.ours
     def stop(): raise Interrupted("The job was canceled.")
-    with pytest.raises(Interrupted): Daemon(own, say=lambda line: None).ensure(stop)
+    daemon = Daemon(own, say=lambda line: None)
+    with pytest.raises(Interrupted): daemon.ensure(stop)
+    assert daemon.starts == 1 and not daemon.ours, "nothing is left behind"
 
 
 @posix
