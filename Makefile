@@ -18,20 +18,20 @@ demo:   ## draw a picture: server, worker and job in one command
 	@$(RUN) -m colab_gpu demo "a red circle on a blue background"
 
 test:   ## everything: notebooks, agreement, ruff, mypy, unit, process and end-to-end tests
-	@$(SETUP) images dev
+	@$(SETUP) images chat dev
 	@$(RUN) -m pytest
 
 lint:   ## ruff and mypy alone
-	@$(SETUP) images dev
+	@$(SETUP) images chat dev
 	@$(RUN) -m ruff check .
 	@$(RUN) -m mypy
 
 nbs:    ## export the notebooks, run them keeping their outputs, clean them, write the README; one: make nbs NB=nbs/02_jobs.ipynb
-	@$(SETUP) images dev
+	@$(SETUP) images chat dev
 	@$(RUN) tools/build_notebooks.py $(NB)
 
 bench:  ## measure (needs wrk)
-	@$(SETUP) images dev
+	@$(SETUP) images chat dev
 	@$(RUN) benchmarks/bench_server.py
 	@$(RUN) benchmarks/bench_worker.py
 

@@ -4,20 +4,22 @@
 
 # %% ../nbs/20_cli.ipynb #d204875e
 from __future__ import annotations
-import argparse, json, os, sys, tempfile, time
-from collections.abc import Callable, Sequence
+import argparse, base64, json, os, signal, sys, tempfile, threading, time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from . import __version__
-from .client import Client, RemoteJob, Transport
+from .client import Chat, Client, Event, RemoteJob, Transport
 from .config import SETTINGS, Settings
 from .errors import ColabGPUError, ConnectionFailed, ExecutionError, InvalidPayload, InvalidSetting
 
 # %% auto #0
-__all__ = ['NEEDS_IMAGES', 'say', 'show', 'Progress', 'job_line', 'show_job', 'follow', 'read_payload', 'read_json_file',
-           'cmd_serve', 'cmd_submit', 'cmd_status', 'cmd_cancel', 'cmd_retry', 'cmd_wait', 'cmd_jobs', 'cmd_events',
-           'image_payload', 'cmd_imagine', 'executors_here', 'cmd_worker', 'cmd_demo', 'cmd_settings', 'checks',
+__all__ = ['NEEDS_IMAGES', 'NEEDS_CHAT', 'say', 'show', 'Progress', 'job_line', 'show_job', 'follow', 'read_payload',
+           'read_json_file', 'cmd_serve', 'cmd_submit', 'cmd_status', 'cmd_cancel', 'cmd_retry', 'cmd_wait', 'cmd_jobs',
+           'cmd_events', 'image_payload', 'cmd_imagine', 'chat_payload', 'cmd_chat', 'canceled_with_us',
+           'executors_here', 'chat_executors', 'preload_chat', 'cmd_worker', 'cmd_demo', 'cmd_settings', 'checks',
            'cmd_doctor', 'build_parser', 'run_command', 'main', 'helper_parser', 'helper_body', 'mcp_gpu_job']
 
 # %% ../nbs/20_cli.ipynb #f8a99289
@@ -187,6 +189,49 @@ def _target(path: str) -> Path:
         raise InvalidSetting(f"--output: {path} cannot be written: its folder is missing, or it is one.", field="--output")
     return target
 
+# %% ../nbs/20_cli.ipynb #3262bef7
+def chat_payload(args: argparse.Namespace) -> dict[str, Any]:
+    "The `ollamaChat` payload of the flags; what was not given is left out. Raises `InvalidSetting`."
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    images = [_encoded(path) for path in args.image or []]
+    given = {"prompt": prompt, "model": args.model, "system": args.system, "images": images, "think": args.think or None,
+             "options": read_payload(None, None, args.option or [])}
+    return {k: v for k, v in given.items() if v not in (None, [], {})}
+
+def _encoded(path: str) -> str:
+    try: return base64.b64encode(Path(path).read_bytes()).decode()
+    except OSError as e: raise InvalidSetting(f"--image: {path} cannot be read: {e.strerror}.", field="--image") from None
+
+def cmd_chat(args: argparse.Namespace) -> int:
+    client, bar, ended = _client(args), Progress(), ""
+    job = client.submit("ollamaChat", chat_payload(args), priority=args.priority)
+    with canceled_with_us(client, job):
+        waiting = job.data.get("waitingFor") or client.job(job.id, inline=False).data.get("waitingFor")
+        if waiting: say(f"submitted {job.id}: {waiting}")
+        chat = Chat(job, lambda event: _aside(event, bar))
+        try:
+            for piece in chat:
+                if not args.json: sys.stdout.write(piece); sys.stdout.flush(); ended = piece
+        finally: bar.end()
+    if args.json: show(chat.reply)
+    elif not ended.endswith("\n"): print()
+    return 0
+
+def _aside(event: Event, bar: Progress) -> None:
+    "What happens besides the answer, on standard error; thoughts on a terminal alone."
+    if event.kind == "progress": bar.step(int(event.data.get("step") or 0), int(event.data.get("total") or 1))
+    elif event.kind == "log": say(f"  {event.data.get('text', '')}")
+    elif event.kind == "token" and sys.stderr.isatty(): print(f"\x1b[2m{event.data.get('text', '')}\x1b[0m", end="", file=sys.stderr, flush=True)
+
+@contextmanager
+def canceled_with_us(client: Client, job: RemoteJob) -> Iterator[None]:
+    "Cancel `job` when the person interrupts the block, or whoever reads its output has left."
+    try: yield
+    except (KeyboardInterrupt, BrokenPipeError):
+        try: client.cancel(job.id)
+        except ColabGPUError as e: say(f"The job goes on: {e.message}")
+        raise
+
 # %% ../nbs/20_cli.ipynb #98f6b0cc
 def executors_here(settings: Settings) -> list[Any]:
     "An executor for each tool whose packages are installed."
@@ -194,21 +239,44 @@ def executors_here(settings: Settings) -> list[Any]:
     if find_spec("colab_gpu.images") and all(find_spec(name) for name in ("torch", "diffusers", "transformers", "PIL")):
         from colab_gpu.images import ImageExecutor
         found.append(ImageExecutor(settings=settings))
-    return found
+    return found + chat_executors(settings)
+
+def chat_executors(settings: Settings) -> list[Any]:
+    "The executors of chat and embeddings, when the package `ollama` is here and an Ollama answers, or can be started."
+    if not (find_spec("colab_gpu.chat") and find_spec("ollama")): return []
+    from colab_gpu.chat import ChatExecutor, EmbedExecutor, Ollama
+    ollama = Ollama(settings, say=lambda line: print(line, flush=True))
+    why = ollama.daemon.obstacle()
+    if why is None: return [ChatExecutor(ollama=ollama), EmbedExecutor(ollama=ollama)]
+    say(f"[ollama] No chat jobs here: {why}")
+    return []
+
+def preload_chat(executors: Sequence[Any], settings: Settings) -> None:
+    "Pull and load OLLAMA_PRELOAD_MODELS; what fails is said, and tried again by the first job."
+    for executor in executors:
+        if executor.tool == "ollamaChat" and settings["OLLAMA_PRELOAD_MODELS"]:
+            try: executor.preload()
+            except ColabGPUError as e: print(f"[ollama] {e.message}", flush=True)
 
 NEEDS_IMAGES = 'Drawing needs more packages: pip install "colab-gpu[images]"'
+NEEDS_CHAT = 'Chatting needs Ollama (https://ollama.com/download) and a package: pip install "colab-gpu[chat]"'
 
 def cmd_worker(args: argparse.Namespace) -> int:
     from colab_gpu.worker import Worker, run_until_interrupted
     settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id, WORKER_MAX_BATCH=args.max_batch)
     worker = Worker(executors_here(settings), settings, log=lambda text: print(text, flush=True))
-    if not worker.tools: raise ExecutionError(f"This machine has none of the tools. {NEEDS_IMAGES}")
-    if args.once:
-        turn = worker.loop(once=True)
-        return 0 if turn is not None and turn.did == "completed" else 1
-    # The first interrupt lets the running job finish, the second hands it back, the third stops at once.
-    if not run_until_interrupted(worker): return 130
-    return 1 if worker.last_error else 0
+    if not worker.tools: raise ExecutionError(f"This machine has none of the tools. {NEEDS_IMAGES}. {NEEDS_CHAT}")
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what we started ends
+    try:
+        preload_chat([*worker.executors.values()], settings)
+        if args.once:
+            turn = worker.loop(once=True)
+            return 0 if turn is not None and turn.did == "completed" else 1
+        # The first interrupt lets the running job finish, the second hands it back, the third stops at once.
+        if not run_until_interrupted(worker): return 130
+        return 1 if worker.last_error else 0
+    finally:
+        for executor in worker.executors.values(): getattr(executor, "close", int)()
 
 # %% ../nbs/20_cli.ipynb #2619d5ef
 def cmd_demo(args: argparse.Namespace) -> int:
@@ -219,7 +287,7 @@ def cmd_demo(args: argparse.Namespace) -> int:
         token = os.urandom(16).hex()
         own = {"GPU_WORKER_TOKEN": token, "STACK_WORKER_TOKEN": token, "GPU_CLIENT_TOKEN": os.urandom(16).hex(), "COLAB_GPU_DATA": data,
                "IMAGEN_MODEL_ID": args.model or "demo", "WORKER_ID": "demo-worker"}
-        executors = executors_here(_settings(args, **own))
+        executors = [executor for executor in executors_here(_settings(args, **own)) if executor.tool == "imagenGenerate"]
         if not executors: raise ExecutionError(NEEDS_IMAGES)
         with QueueServer(own) as server:
             served = time.perf_counter()
@@ -257,7 +325,7 @@ def cmd_settings(args: argparse.Namespace) -> int:
 def checks(settings: Settings) -> list[tuple[str, str, str]]:
     "What this machine has: (what, `ok`, `missing` or `note`, a sentence with the command that mends it)."
     rows = [("Python", "ok", sys.version.split()[0])]
-    rows.append(_check_images())
+    rows += [_check_images(), _check_chat(settings)]
     for name, whose in (("GPU_WORKER_TOKEN", "the server"), ("STACK_WORKER_TOKEN", "the worker")):
         rows.append((name, "ok", "set") if settings[name] else
                     (name, "note", f"not set: {whose} needs it; choose a long random text, the same for both"))
@@ -274,6 +342,15 @@ def _check_images() -> tuple[str, str, str]:
     except Exception as e:
         return "images", "missing", f"torch or diffusers cannot be imported ({type(e).__name__}): pip install -U \"colab-gpu[images]\""
     return "images", "ok", f"torch {torch.__version__}, diffusers {diffusers.__version__}, on {device}"
+
+def _check_chat(settings: Settings) -> tuple[str, str, str]:
+    if not find_spec("ollama"): return "chat", "note", f"no chat jobs here: {NEEDS_CHAT}"
+    from colab_gpu.daemon import Daemon, ollama_version
+    daemon, version = Daemon(settings), ollama_version(settings["OLLAMA_URL"])
+    if version: return "chat", "ok", f"Ollama {version} at {daemon.url}"
+    why = daemon.obstacle()
+    if why: return "chat", "note", f"no chat jobs here: {why}"
+    return "chat", "ok", f"no Ollama runs at {daemon.url}; colab-gpu worker starts one when a job needs it"
 
 def _check_data(folder: Path) -> tuple[str, str, str]:
     at = folder
@@ -354,6 +431,14 @@ def _add_images(add: Callable[..., argparse.ArgumentParser]) -> None:
     imagine = add("imagine", cmd_imagine, "Draw a picture through the queue")
     imagine.add_argument("--priority", choices=("high", "normal", "low"))
     imagine.add_argument("--timeout", type=_seconds, metavar="S", help="seconds to wait")
+    chat = add("chat", cmd_chat, "Ask a language model through the queue; the answer is printed as it is written")
+    chat.add_argument("prompt", help="- for standard input")
+    chat.add_argument("--model", help="such as llama3:8b; the worker's own by default")
+    chat.add_argument("--system", metavar="TEXT", help="who the model is to be")
+    chat.add_argument("--image", action="append", metavar="FILE", help="a picture to look at; may be repeated")
+    chat.add_argument("--option", action="append", metavar="NAME=VALUE", help="an option of Ollama's, such as temperature=0.2; may be repeated")
+    chat.add_argument("--think", action="store_true", help="let the model think first")
+    chat.add_argument("--priority", choices=("high", "normal", "low"))
     demo = add("demo", cmd_demo, "Start everything here, draw one picture, stop everything", server=False)
     for command, default in ((imagine, None), (demo, "a red circle on a blue background")):
         command.add_argument("prompt", nargs="?" if default else None, default=default)

@@ -5,7 +5,7 @@
 # %% ../nbs/12_client.ipynb #d30fbd4a
 from __future__ import annotations
 import base64, hashlib, json, os, random, re, threading, time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +20,7 @@ from .jobs import ENDED, refuse_unknown
 # %% auto #0
 __all__ = ['T', 'OPTIONS', 'HOLD_S', 'unreachable', 'tunnel_page', 'refusal', 'Line', 'Transport', 'as_json', 'backoff_s',
            'passes', 'retrying', 'RemoteJob', 'still', 'from_data_url', 'Picture', 'Event', 'read_events', 'Client',
-           'job_path', 'wait_for', 'follow']
+           'job_path', 'wait_for', 'follow', 'Chat', 'reply_text']
 
 # %% ../nbs/12_client.ipynb #c6cab480
 def unreachable(error: BaseException, address: str) -> ConnectionFailed:
@@ -487,6 +487,20 @@ class Client:
         if job.png is None: raise ExecutionError("The job completed without a picture.")
         return Picture(job.png, {k: v for k, v in (job.result or {}).items() if k != "image_base64"}, job)
 
+    def chat(self, prompt: str | Sequence[Mapping[str, Any]], *, on_event: Callable[[Event], Any] | None = None, priority: str | None = None,
+             **payload: Any) -> Chat:
+        """Ask a model: `for piece in client.chat("Why is the sky blue?"): …`, or `client.chat(…).text`.
+
+        Parameters
+        ----------
+        prompt: a text, or messages (`{"role": …, "content": …}`). payload: more fields of Ollama's generate or chat call: `model`, `system`,
+        `options`, `format`, `tools`, `think`. on_event: told of events other than the answer's tokens: thoughts, states, logs, progress.
+
+        Raises `InvalidPayload`; the reading raises `ExecutionError`.
+        """
+        asked = {("prompt" if isinstance(prompt, str) else "messages"): prompt, **payload}
+        return Chat(self.submit("ollamaChat", asked, priority=priority), on_event)
+
     def post(self, path: str, body: Any) -> Any:
         "POST `body` (a value, or JSON text) to a path, once and as it is; the answer's JSON."
         data = body.encode() if isinstance(body, str) else body if isinstance(body, bytes) else as_json(body)
@@ -607,3 +621,44 @@ def _poll(client: Client, job_id: str, outage_s: float) -> Iterator[Event]:
         if job.status != status: yield Event("state", {k: v for k, v in job.data.items() if k != "result"})
         status = job.status
         if job.ended: return (yield Event("done", job.data))
+
+# %% ../nbs/12_client.ipynb #1f7889c1
+class Chat:
+    """An `ollamaChat` job as it is written: iterate for pieces of its text; `text` and `reply` (Ollama's own) wait for the end. `job` is the job.
+
+    Reading raises `ExecutionError` when the job failed or was canceled, and what `follow` raises.
+    """
+    def __init__(self, job: RemoteJob, on_event: Callable[[Event], Any] | None = None) -> None:
+        self.job, self._on_event = job, on_event
+        self._flow = self._pieces()
+
+    def __iter__(self) -> Iterator[str]: return self._flow
+    def __repr__(self) -> str: return f"Chat({self.job!r})"
+    @property
+    def reply(self) -> dict[str, Any]:
+        for _ in self._flow: pass
+        return self._result()
+    @property
+    def text(self) -> str: return reply_text(self.reply)
+
+    def _result(self) -> dict[str, Any]:
+        result = self.job.check().result
+        if isinstance(result, dict): return result
+        raise ExecutionError("The job completed without a reply.")
+    def _pieces(self) -> Iterator[str]:
+        said, held = list[str](), False
+        for event in self.job.events():
+            if event.kind == "token" and not event.data.get("kind"):
+                if not held: said.append(str(event.data.get("text", ""))); yield said[-1]
+                continue
+            if event.kind == "done": self.job._take(RemoteJob(self.job._client, event.data))
+            held = held or event.kind == "gap" or (event.kind == "state" and bool(said) and event.data.get("status") == "queued")
+            if self._on_event is not None: self._on_event(event)
+        whole, before = reply_text(self._result()), "".join(said)
+        rest = whole[len(before):] if whole.startswith(before) else "\n\n" + whole
+        if rest: yield rest
+
+def reply_text(reply: Mapping[str, Any]) -> str:
+    "The text of Ollama's reply, of either call."
+    part = reply.get("message") if isinstance(reply.get("message"), dict) else reply
+    return str(part.get("content" if part is not reply else "response") or "")  # type: ignore[union-attr]

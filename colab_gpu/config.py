@@ -122,6 +122,8 @@ _ROWS += [
     Setting("OLLAMA_URL", "http://localhost:11434", base_url, "Address of the Ollama daemon", "chat"),
     Setting("OLLAMA_PRELOAD_MODELS", "", words, "Chat models to load at start, comma list", "chat"),
     Setting("START_OLLAMA", "1", flag, "Start an Ollama daemon when none runs", "chat"),
+    Setting("OLLAMA_INSTALL", "auto", choice("auto", "yes", "no"), "Install Ollama if missing (Linux); auto: on Colab and Kaggle", "chat"),
+    Setting("OLLAMA_AUTO_PULL", "0", flag, "Pull a chat model that a job names and Ollama lacks", "chat"),
 ]
 SETTINGS: dict[str, Setting] = {row.name: row for row in _ROWS}
 

@@ -4,7 +4,7 @@
 
 # %% ../nbs/02_jobs.ipynb #7638b54e
 from __future__ import annotations
-import hashlib, json, math, os
+import base64, hashlib, json, math, os, re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,8 +13,8 @@ from .errors import IllegalMove, InvalidPayload, RequestError
 # %% auto #0
 __all__ = ['STATUSES', 'ENDED', 'MOVES', 'PRIORITIES', 'TOOLS', 'move', 'new_id', 'Job', 'lane', 'lane_parts', 'job_dict',
            'public_artifact', 'job_json', 'read_number', 'read_text', 'ImagenDefaults', 'ImagenRequest',
-           'refuse_unknown', 'check_chat', 'JobSpec', 'digest', 'image_submission', 'batch_key', 'RunContext',
-           'Executor', 'BatchExecutor', 'LocalContext']
+           'refuse_unknown', 'read_fields', 'ChatRequest', 'EmbedRequest', 'JobSpec', 'digest', 'image_submission',
+           'batch_key', 'RunContext', 'Executor', 'BatchExecutor', 'LocalContext']
 
 # %% ../nbs/02_jobs.ipynb #75826349
 STATUSES = ("queued", "leased", "completed", "failed", "canceled")
@@ -261,14 +261,164 @@ def refuse_unknown(payload: Mapping[str, Any], known: Sequence[str]) -> None:
             raise InvalidPayload(f"There is no field {_shown(name)} here; {hint}", field=str(name)[:100])
 
 # %% ../nbs/02_jobs.ipynb #84b4039b
-def check_chat(payload: Mapping[str, Any]) -> None:
-    "Check an `ollamaChat` payload: a `prompt`, or a list of `messages`; `model` is text if given."
-    if payload.get("messages") is None: read_text(payload, "prompt", required=True, most=10_000_000)
-    elif not isinstance(payload["messages"], list) or not all(isinstance(m, dict) for m in payload["messages"]):
-        raise InvalidPayload("`messages` must be a list of objects with `role` and `content`.", field="messages")
-    read_text(payload, "model", most=500)
+_Reader = Callable[[Any, str], Any]
 
-TOOLS: dict[str, Callable[[Mapping[str, Any]], Any]] = {"imagenGenerate": ImagenRequest.parse, "ollamaChat": check_chat}
+def _wrong(name: str, want: str, value: Any) -> InvalidPayload:
+    return InvalidPayload(f"`{name}` must be {want}, not {_shown(value)}.", field=name)
+
+def _a_text(most: int = 10_000_000, required: bool = False) -> _Reader:
+    return lambda value, name: read_text({name: value}, name, most=most, required=required)
+def _a_number(low: float | None = None, high: float | None = None, whole: bool = False) -> _Reader:
+    return lambda value, name: read_number({name: value}, name, None, low=low, high=high, whole=whole)
+def _a_switch(value: Any, name: str) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false"): return value.lower() == "true"
+    if isinstance(value, bool): return value
+    raise _wrong(name, "true or false", value)
+def _a_list(each: _Reader, what: str, most: int = 10_000) -> _Reader:
+    def read(value: Any, name: str) -> list[Any]:
+        if not isinstance(value, list) or not 0 < len(value) <= most: raise _wrong(name, f"a list of 1 to {most:_} {what}", value)
+        return [each(v, f"{name}[{n}]") for n, v in enumerate(value)]
+    return read
+
+def read_fields(body: Mapping[str, Any], readers: Mapping[str, _Reader], prefix: str = "") -> dict[str, Any]:
+    "All of `body` that isn't null, each field through its reader. Raises `InvalidPayload` naming the field."
+    refuse_unknown(body, tuple(readers))
+    read = {name: readers[name](value, prefix + name) for name, value in body.items() if value is not None}
+    return {name: value for name, value in read.items() if value is not None}
+
+# %% ../nbs/02_jobs.ipynb #000c544c
+_NUMBER, _WHOLE = _a_number(), _a_number(whole=True)
+_OPTIONS: dict[str, _Reader] = {
+    **dict.fromkeys(("num_keep", "seed", "num_predict", "top_k", "repeat_last_n", "mirostat", "num_ctx", "num_batch", "num_gpu", "main_gpu",
+                     "num_thread"), _WHOLE),
+    **dict.fromkeys(("top_p", "min_p", "typical_p", "tfs_z", "temperature", "repeat_penalty", "presence_penalty", "frequency_penalty",
+                     "mirostat_tau", "mirostat_eta"), _NUMBER),
+    **dict.fromkeys(("penalize_newline", "numa", "low_vram", "f16_kv", "logits_all", "vocab_only", "use_mmap", "use_mlock", "embedding_only"),
+                    _a_switch)}
+
+def _read_stop(value: Any, name: str) -> list[str]: return _a_list(_a_text(1000), "texts", 100)([value] if isinstance(value, str) else value, name)
+_OPTIONS["stop"] = _read_stop
+
+def _read_options(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict): raise _wrong(name, 'an object such as {"temperature": 0.2}', value)
+    from difflib import get_close_matches
+    for option in value:
+        near = [] if option in _OPTIONS else get_close_matches(option, _OPTIONS, n=1, cutoff=0.8)
+        if near: raise InvalidPayload(f"Ollama has no option {_shown(option)}; did you mean `{near[0]}`?", field=f"{name}.{option}"[:100])
+    return {o: _OPTIONS[o](v, f"{name}.{o}") if o in _OPTIONS else v for o, v in value.items() if v is not None}
+
+# %% ../nbs/02_jobs.ipynb #87526234
+_GO_DURATION = re.compile(r"[-+]?(\d+(\.\d+)?(ns|us|µs|ms|s|m|h))+")
+
+def _read_format(value: Any, name: str) -> Any:
+    if isinstance(value, dict) or value in ("", "json"): return value
+    raise _wrong(name, "`json` or a JSON schema", value)
+
+def _read_think(value: Any, name: str) -> Any:
+    if value in ("low", "medium", "high", "max"): return value
+    try: return _a_switch(value, name)
+    except InvalidPayload: raise _wrong(name, "true, false, low, medium, high or max", value) from None
+
+def _read_keep_alive(value: Any, name: str) -> Any:
+    if isinstance(value, str) and _GO_DURATION.fullmatch(value.strip()): return value.strip()
+    number = _parse(value)
+    if number is None: raise _wrong(name, "seconds, or a duration such as 5m or 1h30m", value)
+    return number
+
+# %% ../nbs/02_jobs.ipynb #e161e635
+def _read_image(value: Any, name: str) -> str:
+    if isinstance(value, str):
+        head, comma, rest = value.partition(",")
+        text = rest if comma and head.startswith("data:") and head.endswith(";base64") else value
+        try:
+            if text and base64.b64decode(text, validate=True): return text
+        except ValueError: pass
+    raise _wrong(name, "an image in base64 or a data URL", value)
+
+_IMAGES = _a_list(_read_image, "images", 64)
+
+# %% ../nbs/02_jobs.ipynb #3a2e4893
+def _read_message(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict): raise _wrong(name, "an object with `role` and `content`", value)
+    if value.get("role") not in ("system", "user", "assistant", "tool"):
+        raise _wrong(f"{name}.role", "system, user, assistant or tool", value.get("role"))
+    message = read_fields(value, _MESSAGE, f"{name}.")
+    if not message.keys() & {"content", "images", "tool_calls", "thinking"}: raise _wrong(f"{name}.content", "text", None)
+    return {"content": "", **message}
+
+def _a_call(value: Any, name: str) -> dict[str, Any]:
+    function = value.get("function") if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise _wrong(name, 'an object such as {"function": {"name": …}}', value)
+    return value
+
+_TEXT = _a_text()
+_MESSAGE: dict[str, _Reader] = {"role": _TEXT, "content": _TEXT, "thinking": _TEXT, "images": _IMAGES, "tool_name": _a_text(500),
+                                "tool_call_id": _a_text(500), "tool_calls": _a_list(_a_call, "calls", 1000)}
+
+# %% ../nbs/02_jobs.ipynb #9c9aed79
+_ANY: dict[str, _Reader] = {
+    "model": _a_text(500), "options": _read_options, "format": _read_format, "think": _read_think, "keep_alive": _read_keep_alive,
+    "stream": _a_switch, "logprobs": _a_switch, "top_logprobs": _a_number(0, 20, whole=True), "truncate": _a_switch, "shift": _a_switch}
+_CHAT_CALLS: dict[str, dict[str, _Reader]] = {
+    "generate": {"prompt": _a_text(required=True), **_ANY, "system": _TEXT, "suffix": _TEXT, "template": _TEXT, "raw": _a_switch,
+                 "images": _IMAGES, "context": _a_list(_a_number(whole=True), "token numbers", 1_000_000),
+                 **dict.fromkeys(("width", "height", "steps"), _a_number(1, 65536, whole=True))},
+    "chat": {"messages": _a_list(_read_message, "messages"), **_ANY, "tools": _a_list(_a_call, "tools", 1000)}}
+_ELSEWHERE = {
+    "prompt": "Send `prompt` or `messages`, not both.", "images": "`images` belong to a message: messages[n].images.",
+    "system": "`system` goes with `prompt`; here make it the first message, with the role system.",
+    "tools": "`tools` go with `messages`: send the prompt as a message with the role user.",
+    "context": "`context` goes with `prompt`; here the earlier messages are the context."}
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A checked `ollamaChat` payload.
+
+    Parameters
+    ----------
+    call: `generate` (it has a prompt) or `chat` (it has messages). body: the call's fields as Ollama takes them, without `model` and `stream`.
+    model: `None` for the worker's own. Source: https://docs.ollama.com/api
+    """
+    call: str
+    body: dict[str, Any]
+    model: str | None = None
+
+    @classmethod
+    def parse(cls, payload: Mapping[str, Any]) -> ChatRequest:
+        "Check `payload`; raises `InvalidPayload` naming the field."
+        call = "generate" if payload.get("messages") is None else "chat"
+        readers, other = _CHAT_CALLS[call], _CHAT_CALLS["chat" if call == "generate" else "generate"]
+        if call == "generate": read_text(payload, "prompt", required=True, most=10_000_000)
+        for name, value in payload.items():
+            if name in other and name not in readers and value is not None:
+                raise InvalidPayload(_ELSEWHERE.get(name, f"`{name}` goes with `{next(iter(other))}`."), field=name)
+        body = read_fields({k: v for k, v in payload.items() if v is not None}, readers)
+        body.pop("stream", None)
+        return cls(call, body, body.pop("model", None) or None)
+
+# %% ../nbs/02_jobs.ipynb #fbc9fb2a
+_EMBED: dict[str, _Reader] = {
+    "model": _a_text(500, required=True), "options": _read_options, "keep_alive": _read_keep_alive, "truncate": _a_switch,
+    "input": lambda value, name: _TEXT(value, name) if isinstance(value, str) else _a_list(_TEXT, "texts")(value, name),
+    "dimensions": _a_number(1, 1_000_000, whole=True)}
+
+@dataclass(frozen=True)
+class EmbedRequest:
+    "A checked `ollamaEmbed` payload: `body` are the fields of Ollama's embed call, without `model`."
+    model: str
+    body: dict[str, Any]
+
+    @classmethod
+    def parse(cls, payload: Mapping[str, Any]) -> EmbedRequest:
+        "Check `payload`; raises `InvalidPayload` naming the field."
+        for name, hint in (("model", "an embedding model, such as nomic-embed-text"), ("input", "a text, or a list of texts")):
+            if payload.get(name) in (None, "", []): raise InvalidPayload(f"`{name}` is required: {hint}.", field=name)
+        body = read_fields(payload, _EMBED)
+        return cls(body.pop("model"), body)
+
+TOOLS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "imagenGenerate": ImagenRequest.parse, "ollamaChat": ChatRequest.parse, "ollamaEmbed": EmbedRequest.parse}
 
 # %% ../nbs/02_jobs.ipynb #1a82d96f
 _COMMON = {"tool", "payload", "priority"}
@@ -357,7 +507,7 @@ class RunContext(Protocol):
     def progress(self, step: int, total: int, *, preview: bytes | None = None, preview_type: str = "image/jpeg",
                  phase: str = "running") -> None: "Report `step` of `total`, and perhaps a small picture of it."
     def log(self, text: str) -> None: "Say something to whoever watches the job."
-    def token(self, text: str) -> None: "Hand on a piece of text as it is written."
+    def token(self, text: str, kind: str = "") -> None: "Hand on a piece of text as it is written; `kind` is blank for the answer, else `thinking`."
     def check(self) -> None: "Raise `Interrupted` when the job was canceled, the lease was lost or the worker stops."
     def artifact(self, name: str, data: bytes, content_type: str) -> None: "Hand over a file of the result."
 
@@ -384,6 +534,7 @@ class LocalContext:
     steps: list[tuple[int, int, str]] = field(default_factory=list)
     logs: list[str] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)
     artifacts: dict[str, tuple[bytes, str]] = field(default_factory=dict)
 
@@ -393,7 +544,7 @@ class LocalContext:
         if preview: self.previews.append(preview)
         if self.on_progress: self.on_progress(step, total)
     def log(self, text: str) -> None: self.logs.append(text)
-    def token(self, text: str) -> None: self.tokens.append(text)
+    def token(self, text: str, kind: str = "") -> None: (self.thoughts if kind else self.tokens).append(text)
     def check(self) -> None:
         if self.stop is not None: raise self.stop
     def artifact(self, name: str, data: bytes, content_type: str) -> None: self.artifacts[name] = (data, content_type)

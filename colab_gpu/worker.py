@@ -150,9 +150,9 @@ class Run:
         if preview:
             self.preview = preview
             self.outbox.put("preview", image_base64=data_url(preview, preview_type), step=self.step)
-    def token(self, text: str) -> None:
-        "Report a piece of the text that is being written."
-        self.outbox.put("token", text=text)
+    def token(self, text: str, kind: str = "") -> None:
+        "Report a piece of the text that is being written; `kind` is blank for the answer, else `thinking`."
+        self.outbox.put("token", text=text, **({"kind": kind} if kind else {}))
     def log(self, text: str) -> None:
         "Say something to whoever watches the job."
         self.outbox.put("log", text=str(text)[:2000])

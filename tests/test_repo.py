@@ -29,18 +29,18 @@ MUST_NOT_KNOW = {
     "postgres": {"broker", "httpd"}, "broker": {"httpd", "sqlite3", "psycopg"}, "archive": {"broker", "store"},
     "httpd": {"config", "jobs", "store", "broker", "archive"}, "server": {"sqlite3", "psycopg"}, "openai_api": {"sqlite3", "psycopg"},
     "ollama_api": {"sqlite3", "psycopg"}, "sdapi": {"sqlite3", "psycopg"}, "gpu": {"jobs"}, "images": {"httpd", "server", "client"},
-    "chat": {"httpd", "server"}, "tunnel": {"jobs"}, "panel": {"httpd", "store", "sqlite3"}, "mcp_server": {"server", "broker", "store"},
+    "daemon": {"jobs", "httpd", "server"}, "chat": {"httpd", "server"}, "tunnel": {"jobs"}, "panel": {"httpd", "store", "sqlite3"}, "mcp_server": {"server", "broker", "store"},
     "cli": {"broker", "store"},
 }
 # What a room must not reach at all, through whatever it imports: server and worker meet at the contract alone.
 OUT_OF_REACH = {
     "server": {"client", "worker", "images", "chat", "gpu"}, "worker": {"server", "store", "broker", "httpd"},
-    "client": {"server", "store", "broker", "httpd", "worker"}, "images": {"server", "worker"}, "chat": {"server", "worker"},
+    "client": {"server", "store", "broker", "httpd", "worker"}, "images": {"server", "worker"}, "daemon": {"server", "worker"}, "chat": {"server", "worker"},
 }
 # Third-party names live in one room each (`cli`: what `colab-gpu doctor` looks at).
 HOMES = {"torch": {"images", "gpu", "cli"}, "diffusers": {"images", "cli"}, "transformers": {"images"}, "accelerate": {"images"},
          "safetensors": {"images"}, "tokenizers": {"images"}, "PIL": {"images"}, "numpy": {"images"}, "requests": {"client"},
-         "google": {"config"}, "ollama": {"chat"}, "ipywidgets": {"panel"}, "IPython": {"panel"}, "pyngrok": {"tunnel"},
+         "google": {"config"}, "ollama": {"chat"}, "httpx": {"chat"}, "ipywidgets": {"panel"}, "IPython": {"panel"}, "pyngrok": {"tunnel"},
          "psycopg": {"postgres"}, "mcp": {"mcp_server"}, "fsspec": {"archive"}}
 # What merely importing a room may load; everything else is loaded when it is first used.
 LOADS = {"client": {"requests"}, "panel": {"ipywidgets", "IPython"}, "mcp_server": {"mcp"}, "postgres": {"psycopg"}}
@@ -239,7 +239,7 @@ def test_pins_are_within_the_requirements(metadata):
     from packaging.utils import canonicalize_name
 
     pins = {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)$", text_of(ROOT / "constraints-ci.txt"), re.M)}
-    needs = [*metadata["install_requires"], *metadata["extras_require"]["images"], *metadata["extras_require"]["dev"]]
+    needs = [*metadata["install_requires"], *(need for extra in ("images", "chat", "dev") for need in metadata["extras_require"][extra])]
     for need in map(Requirement, needs):
         assert canonicalize_name(need.name) in pins, f"constraints-ci.txt does not pin {need.name}"
         assert pins[canonicalize_name(need.name)] in need.specifier, f"constraints-ci.txt: {need.name} is outside {need.specifier}"

@@ -1,7 +1,7 @@
 """Make a virtual environment with everything a command of this repository needs.
 
     python tools/setup_env.py images          # what `make demo` needs
-    python tools/setup_env.py images dev      # what `make test` needs
+    python tools/setup_env.py images chat dev      # what `make test` needs
 
 Standard library only. It prints one line a step, and the installer's output only when a step fails. A second run with nothing
 changed does nothing. On a Linux machine without an NVIDIA GPU it takes a CPU build of PyTorch: the ordinary one brings
