@@ -578,6 +578,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'colab_gpu.painting.step_reporter': ('painting.html#step_reporter', 'colab_gpu/painting.py'),
                                     'colab_gpu.painting.strength_of': ('painting.html#strength_of', 'colab_gpu/painting.py'),
                                     'colab_gpu.painting.try_less': ('painting.html#try_less', 'colab_gpu/painting.py'),
+                                    'colab_gpu.painting.using_clip_skip': ('painting.html#using_clip_skip', 'colab_gpu/painting.py'),
                                     'colab_gpu.painting.using_loras': ('painting.html#using_loras', 'colab_gpu/painting.py'),
                                     'colab_gpu.painting.using_scheduler': ('painting.html#using_scheduler', 'colab_gpu/painting.py')},
             'colab_gpu.pictures': { 'colab_gpu.pictures._chunks': ('pictures.html#_chunks', 'colab_gpu/pictures.py'),

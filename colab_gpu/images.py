@@ -12,8 +12,8 @@ from .config import Settings
 from .errors import ColabGPUError, ExecutionError, InvalidSetting, OutOfMemory
 from .jobs import ImagenRequest, LocalContext, RunContext
 from .models import ModelSource, caller_model, find_model, image_defaults, known_model, owner_model
-from .painting import (Commission, Drawing, LoadedModel, dtype_name, most_at_once, open_pictures, paint, using_loras,
-                                using_scheduler)
+from .painting import (Commission, Drawing, LoadedModel, dtype_name, most_at_once, open_pictures, paint, using_clip_skip,
+                                using_loras, using_scheduler)
 from .pictures import FORMATS, drawable_size, open_picture
 from .pipelines import free_bytes, free_memory, held_bytes, library, load_pipeline, pick_device, weight_bytes
 
@@ -314,7 +314,7 @@ def _paint(executor: ImageExecutor, model: LoadedModel, jobs: Sequence[Commissio
     pace = executor.paces.setdefault(model.source.location, Pace(first_guess(model.device)))
     most, started = min(16, max(len(jobs), pace.size())), executor.clock()
     adapters = using_loras(model, request.loras, folder=settings["IMAGEN_LORA_FOLDER"], token=settings["HF_TOKEN"])
-    with adapters, using_scheduler(model, request.scheduler):
+    with adapters, using_scheduler(model, request.scheduler), using_clip_skip(model, request.clip_skip):
         paint(model, jobs, executor.clock, most)
     if any(isinstance(job.failed, OutOfMemory) for job in jobs): free_memory()
     sizes = {drawing.meta["batch_size"] for job in jobs for drawing in job.drawings}

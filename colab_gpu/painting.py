@@ -18,10 +18,10 @@ from .schedulers import SCHEDULERS, scheduler_label
 
 # %% auto #0
 __all__ = ['TINY_DECODERS', 'PREVIEWS_PER_IMAGE', 'Sketch', 'RUNGS', 'LoadedModel', 'Commission', 'Shot', 'Drawing',
-           'other_scheduler', 'using_scheduler', 'find_lora', 'using_loras', 'pipeline_for', 'open_pictures',
-           'strength_of', 'call_arguments', 'notes', 'make_sketch', 'preview_jpeg', 'preview_of', 'step_reporter',
-           'call_pipeline', 'check_pixels', 'dtype_name', 'finish', 'facts_of', 'slice_and_tile', 'offload', 'try_less',
-           'most_at_once', 'draw_error', 'paint', 'one_call']
+           'other_scheduler', 'using_scheduler', 'using_clip_skip', 'find_lora', 'using_loras', 'pipeline_for',
+           'open_pictures', 'strength_of', 'call_arguments', 'notes', 'make_sketch', 'preview_jpeg', 'preview_of',
+           'step_reporter', 'call_pipeline', 'check_pixels', 'dtype_name', 'finish', 'facts_of', 'slice_and_tile',
+           'offload', 'try_less', 'most_at_once', 'draw_error', 'paint', 'one_call']
 
 # %% ../nbs/13d_painting.ipynb #2c8f163a
 @dataclass
@@ -117,6 +117,17 @@ def using_scheduler(model: LoadedModel, name: str | None) -> Iterator[None]:
         model.pipe.scheduler = other_scheduler(own, name, model.source.name)
         try: yield
         finally: model.pipe.scheduler = own
+
+# %% ../nbs/13d_painting.ipynb #385bbb03
+@contextlib.contextmanager
+def using_clip_skip(model: LoadedModel, clip_skip: int | None) -> Iterator[None]:
+    "Within this context `model` can leave out layers of its text encoder."
+    encoder = getattr(model.pipe, "text_encoder", None)
+    lend = bool(clip_skip) and hasattr(encoder, "final_layer_norm") and not hasattr(encoder, "text_model")
+    if lend: object.__setattr__(encoder, "text_model", encoder)
+    try: yield
+    finally:
+        if lend: object.__delattr__(encoder, "text_model")
 
 # %% ../nbs/13d_painting.ipynb #440cf24d
 def find_lora(name: str, folder: str = "") -> dict[str, Any]:

@@ -34,7 +34,7 @@ def first_line(error: BaseException, *, most: int = 200) -> str:
 @functools.cache
 def hush() -> None:
     "Switch off progress bars and warnings of diffusers, transformers and huggingface_hub, once per process."
-    warnings.filterwarnings("ignore", module=r"(diffusers|transformers|huggingface_hub)\.")
+    warnings.filterwarnings("ignore", module=r"(diffusers|transformers|huggingface_hub|peft)\.")
     for package, variable in (("diffusers", "DIFFUSERS_VERBOSITY"), ("transformers", "TRANSFORMERS_VERBOSITY"),
                               ("huggingface_hub", "HF_HUB_VERBOSITY")):
         log = library(f"{package}.utils.logging")
