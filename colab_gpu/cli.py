@@ -17,8 +17,8 @@ from .errors import ColabGPUError, ConnectionFailed, ExecutionError, InvalidPayl
 # %% auto #0
 __all__ = ['NEEDS_IMAGES', 'say', 'show', 'Progress', 'job_line', 'show_job', 'follow', 'read_payload', 'read_json_file',
            'cmd_serve', 'cmd_submit', 'cmd_status', 'cmd_cancel', 'cmd_retry', 'cmd_wait', 'cmd_jobs', 'cmd_events',
-           'image_payload', 'cmd_imagine', 'executors_here', 'cmd_worker', 'cmd_demo', 'cmd_settings', 'checks',
-           'cmd_doctor', 'build_parser', 'run_command', 'main', 'helper_parser', 'helper_body', 'mcp_gpu_job']
+           'image_payload', 'cmd_imagine', 'cmd_replay', 'executors_here', 'cmd_worker', 'cmd_demo', 'cmd_settings',
+           'checks', 'cmd_doctor', 'build_parser', 'run_command', 'main', 'helper_parser', 'helper_body', 'mcp_gpu_job']
 
 # %% ../nbs/20_cli.ipynb #f8a99289
 def say(text: str) -> None:
@@ -170,8 +170,11 @@ def image_payload(args: argparse.Namespace) -> dict[str, Any]:
     return {k: v for k, v in given.items() if v is not None}
 
 def cmd_imagine(args: argparse.Namespace) -> int:
+    return _draw(args, image_payload(args))
+
+def _draw(args: argparse.Namespace, payload: dict[str, Any]) -> int:
     client, target = _client(args), _target(args.output)
-    job = client.submit("imagenGenerate", image_payload(args), priority=args.priority)
+    job = client.submit("imagenGenerate", payload, priority=args.priority)
     job = _or_cancel(client, job, args.timeout)
     picture = job.png if job.status == "completed" else None
     if picture is None: raise ExecutionError(job.detail or f"The job was {job.status}, without a picture.")
@@ -186,6 +189,18 @@ def _target(path: str) -> Path:
     if target.is_dir() or not target.parent.is_dir():
         raise InvalidSetting(f"--output: {path} cannot be written: its folder is missing, or it is one.", field="--output")
     return target
+
+# %% ../nbs/20_cli.ipynb #debbcd54
+def cmd_replay(args: argparse.Namespace) -> int:
+    from colab_gpu.pictures import replay_payload
+    given = {name: _file(path, f"--{name.replace('_', '-')}") for name in ("init_image", "mask_image") if (path := getattr(args, name))}
+    payload = replay_payload(_file(args.file, "FILE.png"), given)
+    more = {"seed": args.seed, "model": args.model}
+    return _draw(args, {**payload, **{name: value for name, value in more.items() if value is not None}})
+
+def _file(path: str, flag: str) -> bytes:
+    try: return Path(path).read_bytes()
+    except OSError as e: raise InvalidSetting(f"{flag}: {path} cannot be read: {e.strerror}.", field=flag) from None
 
 # %% ../nbs/20_cli.ipynb #98f6b0cc
 def executors_here(settings: Settings) -> list[Any]:
@@ -351,8 +366,16 @@ def _add_jobs(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _add_images(add: Callable[..., argparse.ArgumentParser]) -> None:
     imagine = add("imagine", cmd_imagine, "Draw a picture through the queue")
-    imagine.add_argument("--priority", choices=("high", "normal", "low"))
-    imagine.add_argument("--timeout", type=_seconds, metavar="S", help="seconds to wait")
+    replay = add("replay", cmd_replay, "Draw the picture in a PNG of ours again, from what the file tells")
+    replay.add_argument("file", metavar="FILE.png")
+    replay.add_argument("-o", "--output", default="out.png", metavar="FILE.png")
+    replay.add_argument("--init-image", metavar="FILE", help="the picture that it was drawn from, if it was")
+    replay.add_argument("--mask-image", metavar="FILE", help="the mask that it was drawn with")
+    replay.add_argument("--seed", type=int, help="another seed")
+    replay.add_argument("--model", help="another model")
+    for command in (imagine, replay):
+        command.add_argument("--priority", choices=("high", "normal", "low"))
+        command.add_argument("--timeout", type=_seconds, metavar="S", help="seconds to wait")
     demo = add("demo", cmd_demo, "Start everything here, draw one picture, stop everything", server=False)
     for command, default in ((imagine, None), (demo, "a red circle on a blue background")):
         command.add_argument("prompt", nargs="?" if default else None, default=default)
