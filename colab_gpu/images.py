@@ -311,7 +311,8 @@ def _in_groups(executor: ImageExecutor, model: LoadedModel, orders: Sequence[Ord
 
 def _paint(executor: ImageExecutor, model: LoadedModel, jobs: Sequence[Commission]) -> None:
     request, settings = jobs[0].request, executor.settings
-    pace = executor.paces.setdefault(model.source.location, Pace(first_guess(model.device)))
+    pace = executor.paces.get(model.source.location) or Pace(first_guess(model.device))
+    executor.paces[model.source.location] = pace
     most, started = min(16, max(len(jobs), pace.size())), executor.clock()
     adapters = using_loras(model, request.loras, folder=settings["IMAGEN_LORA_FOLDER"], token=settings["HF_TOKEN"])
     with adapters, using_scheduler(model, request.scheduler), using_clip_skip(model, request.clip_skip):
