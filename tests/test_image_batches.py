@@ -112,11 +112,16 @@ def test_a_canceled_job_of_a_batch_ends_alone(artist):
     assert apart(pixels(stays), pixels(alone)) <= 1
 
 
-def test_when_all_of_a_batch_are_canceled_it_stops_at_once(artist):
+def test_when_all_of_a_batch_are_canceled_it_stops_at_once(artist, monkeypatch):
+    artist.preload()
+    unet, steps = next(iter(artist.shelf.loaded.values())).pipe.unet, []
+    whole = unet.forward
+    monkeypatch.setattr(unet, "forward", lambda *args, **kwargs: (steps.append(1), whole(*args, **kwargs))[1])
     first, last = canceled_at(2), canceled_at(3)
     results = artist.run_batch([job(ctx=first), job("a boat", last)])
     assert all(isinstance(result, Interrupted) for result in results)
-    assert (first.steps[-1][0], last.steps[-1][0]) == (2, 3), "no step after the last one was canceled"
+    assert (first.steps[-1][0], last.steps[-1][0]) == (2, 3)
+    assert len(steps) == 4, "told at the end of the third step, the last job is asked at the end of the fourth; no further step is made"
 
 
 def test_a_job_that_was_canceled_before_it_began_does_not_hold_up_the_others(artist, monkeypatch):

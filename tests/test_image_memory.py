@@ -337,9 +337,11 @@ def test_compiling_is_a_setting(models, monkeypatch):
     assert seen == ["UNet2DConditionModel"]
 
 
-def test_a_single_file_is_for_the_owner_alone(tmp_path, models):
+def test_a_single_file_is_for_the_owner_alone(tmp_path, models, monkeypatch):
     from safetensors.torch import save_file
     file = tmp_path / "dreams.safetensors"
     save_file({"lora_up.weight": torch.zeros(2)}, file)
     with pytest.raises(ExecutionError, match=r"dreams is no checkpoint of a whole model .* an adapter \(LoRA\) is named in `loras`"): executor(file).draw("x")
-    with pytest.raises(ExecutionError, match="`model` must be a Hub id"): executor(models[0]).run({"prompt": "x", "model": str(file)}, LocalContext())
+    monkeypatch.chdir(tmp_path)
+    for name in (str(file), file.name):
+        with pytest.raises(ExecutionError, match="`model` must be a Hub id"): executor(models[0]).run({"prompt": "x", "model": name}, LocalContext())
