@@ -11,11 +11,11 @@ from typing import Any, Protocol
 from .config import Settings
 from .errors import ColabGPUError, ExecutionError, InvalidSetting, OutOfMemory
 from .jobs import ImagenRequest, LocalContext, RunContext
-from .models import ModelSource, caller_model, find_model, image_defaults, known_model, owner_model
+from .models import KNOWN, ModelSource, caller_model, find_model, image_defaults, known_model, owner_model
 from .painting import (Commission, Drawing, LoadedModel, dtype_name, most_at_once, open_pictures, paint, using_clip_skip,
                                 using_loras, using_scheduler)
 from .pictures import FORMATS, drawable_size, open_picture
-from .pipelines import free_bytes, free_memory, held_bytes, library, load_pipeline, pick_device, weight_bytes
+from .pipelines import free_bytes, free_memory, held_bytes, library, load_pipeline, pick_device, telling_download, weight_bytes
 
 # %% auto #0
 __all__ = ['ModelShelf', 'make_room', 'load_model', 'leave_device', 'bring_back', 'Pace', 'first_guess', 'shape', 'read_request',
@@ -77,11 +77,12 @@ def load_model(shelf: ModelShelf, source: ModelSource, say: Callable[[str], None
     def load() -> Any:
         return load_pipeline(source, device=device, dtype=shelf.dtype, token=settings["HF_TOKEN"], compiled=settings["IMAGEN_COMPILE"],
                              safety_checker=settings["IMAGEN_SAFETY_CHECKER"])
-    try: pipe = load()
-    except OutOfMemory:
-        if not shelf.loaded: raise
-        shelf.drop()
-        pipe = load()
+    with telling_download(source, say, gib=known_model(source).gib if source.name in KNOWN else 0):
+        try: pipe = load()
+        except OutOfMemory:
+            if not shelf.loaded: raise
+            shelf.drop()
+            pipe = load()
     say(f"Loaded {source.name} on {device} in {dtype_name(pipe)}.")
     return LoadedModel(source, pipe, device, held_bytes(pipe))
 

@@ -4,7 +4,7 @@
 
 # %% ../nbs/13c_pipelines.ipynb #4c65e113
 from __future__ import annotations
-import contextlib, functools, gc, importlib, json, math, os, re, sys, tempfile, traceback, warnings
+import contextlib, functools, gc, importlib, json, math, os, re, sys, tempfile, threading, traceback, warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from .models import RANDOM_DEMO, ModelSource
 __all__ = ['BF16_FAMILIES', 'NEVER_FP16', 'LOAD_ERRORS', 'FILE_FAMILIES', 'library', 'first_line', 'hush', 'tiny_pipeline',
            'pick_device', 'pick_dtype', 'dtype_argument', 'chain', 'load_error', 'out_of_memory', 'translated',
            'load_pipeline', 'family_of', 'safetensors_header', 'file_family', 'weight_bytes', 'held_bytes',
-           'free_bytes', 'free_memory']
+           'downloaded_bytes', 'telling_download', 'free_bytes', 'free_memory']
 
 # %% ../nbs/13c_pipelines.ipynb #9dc4e6fa
 def library(name: str) -> Any:
@@ -290,6 +290,34 @@ def held_bytes(pipe: Any) -> int:
     "How many bytes of weights a loaded pipeline has."
     parts = [part for part in pipe.components.values() if hasattr(part, "parameters")]
     return sum(tensor.numel() * tensor.element_size() for part in parts for tensor in (*part.parameters(), *part.buffers()))
+
+# %% ../nbs/13c_pipelines.ipynb #c9fe10da
+def downloaded_bytes(hub_id: str) -> int:
+    "What has arrived of a model so far, in the cache of the Hub's client."
+    blobs = Path(library("huggingface_hub.constants").HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}" / "blobs"
+    sizes = [_size(file) for file in blobs.glob("*")] if blobs.is_dir() else []
+    return sum(sizes)
+
+def _size(file: Path) -> int:
+    try: return file.stat().st_size
+    except OSError: return 0  # it has just been renamed
+
+@contextlib.contextmanager
+def telling_download(source: ModelSource, say: Callable[[str], None], *, gib: float = 0, every_s: float = 5) -> Iterator[None]:
+    "Within this context `say` hears every `every_s` seconds how much of `source` has come, if more has; `gib`: about how much it will be."
+    done, before = threading.Event(), downloaded_bytes(source.location) if not source.local else 0
+    def watch() -> None:
+        seen = before
+        while not done.wait(every_s):
+            if (now := downloaded_bytes(source.location)) <= seen: continue
+            seen = now
+            say(f"Downloading {source.name}: {now / 2**30:.2f} GiB{f' of about {gib:g}' if gib else ''}.")
+    watcher = threading.Thread(target=watch, name="colab-gpu-download", daemon=True)
+    if not source.local: watcher.start()
+    try: yield
+    finally:
+        done.set()
+        if watcher.ident: watcher.join()
 
 # %% ../nbs/13c_pipelines.ipynb #36aa8437
 def free_bytes(device: str) -> int | None:

@@ -345,3 +345,19 @@ def test_a_single_file_is_for_the_owner_alone(tmp_path, models, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (str(file), file.name):
         with pytest.raises(ExecutionError, match="`model` must be a Hub id"): executor(models[0]).run({"prompt": "x", "model": name}, LocalContext())
+
+
+def test_a_download_tells_how_far_it_is(tmp_path, monkeypatch):
+    import threading
+
+    from huggingface_hub import constants
+
+    from colab_gpu.models import ModelSource
+    from colab_gpu.pipelines import telling_download
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    blobs, told, heard = tmp_path / "models--me--big" / "blobs", [], threading.Event()
+    with telling_download(ModelSource("me/big", "me/big", False), lambda text: (told.append(text), heard.set()), gib=6.6, every_s=0.01):
+        blobs.mkdir(parents=True)
+        with open(blobs / "abc.incomplete", "wb") as file: file.truncate(3 << 30)  # sparse
+        assert heard.wait(60)
+    assert told == ["Downloading me/big: 3.00 GiB of about 6.6."]
