@@ -18,7 +18,7 @@ from .errors import ColabGPUError, ConnectionFailed, ExecutionError, InvalidPayl
 # %% auto #0
 __all__ = ['NEEDS_IMAGES', 'NEEDS_CHAT', 'say', 'show', 'Progress', 'job_line', 'show_job', 'follow', 'read_payload',
            'read_json_file', 'cmd_serve', 'cmd_submit', 'cmd_status', 'cmd_cancel', 'cmd_retry', 'cmd_wait', 'cmd_jobs',
-           'cmd_events', 'image_payload', 'cmd_imagine', 'chat_payload', 'cmd_chat', 'canceled_with_us',
+           'cmd_events', 'image_payload', 'cmd_imagine', 'cmd_replay', 'chat_payload', 'cmd_chat', 'canceled_with_us',
            'executors_here', 'chat_executors', 'preload_chat', 'cmd_worker', 'cmd_demo', 'cmd_settings', 'checks',
            'cmd_doctor', 'build_parser', 'run_command', 'main', 'helper_parser', 'helper_body', 'mcp_gpu_job']
 
@@ -172,8 +172,11 @@ def image_payload(args: argparse.Namespace) -> dict[str, Any]:
     return {k: v for k, v in given.items() if v is not None}
 
 def cmd_imagine(args: argparse.Namespace) -> int:
+    return _draw(args, image_payload(args))
+
+def _draw(args: argparse.Namespace, payload: dict[str, Any]) -> int:
     client, target = _client(args), _target(args.output)
-    job = client.submit("imagenGenerate", image_payload(args), priority=args.priority)
+    job = client.submit("imagenGenerate", payload, priority=args.priority)
     job = _or_cancel(client, job, args.timeout)
     picture = job.png if job.status == "completed" else None
     if picture is None: raise ExecutionError(job.detail or f"The job was {job.status}, without a picture.")
@@ -189,18 +192,26 @@ def _target(path: str) -> Path:
         raise InvalidSetting(f"--output: {path} cannot be written: its folder is missing, or it is one.", field="--output")
     return target
 
+# %% ../nbs/20_cli.ipynb #debbcd54
+def cmd_replay(args: argparse.Namespace) -> int:
+    from colab_gpu.pictures import replay_payload
+    given = {name: _file(path, f"--{name.replace('_', '-')}") for name in ("init_image", "mask_image") if (path := getattr(args, name))}
+    payload = replay_payload(_file(args.file, "FILE.png"), given)
+    more = {"seed": args.seed, "model": args.model}
+    return _draw(args, {**payload, **{name: value for name, value in more.items() if value is not None}})
+
+def _file(path: str, flag: str) -> bytes:
+    try: return Path(path).read_bytes()
+    except OSError as e: raise InvalidSetting(f"{flag}: {path} cannot be read: {e.strerror}.", field=flag) from None
+
 # %% ../nbs/20_cli.ipynb #3262bef7
 def chat_payload(args: argparse.Namespace) -> dict[str, Any]:
     "The `ollamaChat` payload of the flags; what was not given is left out. Raises `InvalidSetting`."
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    images = [_encoded(path) for path in args.image or []]
+    images = [base64.b64encode(_file(path, "--image")).decode() for path in args.image or []]
     given = {"prompt": prompt, "model": args.model, "system": args.system, "images": images, "think": args.think or None,
              "options": read_payload(None, None, args.option or [])}
     return {k: v for k, v in given.items() if v not in (None, [], {})}
-
-def _encoded(path: str) -> str:
-    try: return base64.b64encode(Path(path).read_bytes()).decode()
-    except OSError as e: raise InvalidSetting(f"--image: {path} cannot be read: {e.strerror}.", field="--image") from None
 
 def cmd_chat(args: argparse.Namespace) -> int:
     client, bar, ended = _client(args), Progress(), ""
@@ -429,8 +440,24 @@ def _add_jobs(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _add_images(add: Callable[..., argparse.ArgumentParser]) -> None:
     imagine = add("imagine", cmd_imagine, "Draw a picture through the queue")
-    imagine.add_argument("--priority", choices=("high", "normal", "low"))
-    imagine.add_argument("--timeout", type=_seconds, metavar="S", help="seconds to wait")
+    replay = add("replay", cmd_replay, "Draw the picture in a PNG of ours again, from what the file tells")
+    replay.add_argument("file", metavar="FILE.png")
+    replay.add_argument("-o", "--output", default="out.png", metavar="FILE.png")
+    replay.add_argument("--init-image", metavar="FILE", help="the picture that it was drawn from, if it was")
+    replay.add_argument("--mask-image", metavar="FILE", help="the mask that it was drawn with")
+    replay.add_argument("--seed", type=int, help="another seed")
+    replay.add_argument("--model", help="another model")
+    for command in (imagine, replay):
+        command.add_argument("--priority", choices=("high", "normal", "low"))
+        command.add_argument("--timeout", type=_seconds, metavar="S", help="seconds to wait")
+    demo = add("demo", cmd_demo, "Start everything here, draw one picture, stop everything", server=False)
+    for command, default in ((imagine, None), (demo, "a red circle on a blue background")):
+        command.add_argument("prompt", nargs="?" if default else None, default=default)
+        command.add_argument("-o", "--output", default="demo.png" if default else "out.png", metavar="FILE.png")
+        _image_flags(command)
+        command.add_argument("--model", help="image model: a Hub id, a folder, or demo")
+
+def _add_chat(add: Callable[..., argparse.ArgumentParser]) -> None:
     chat = add("chat", cmd_chat, "Ask a language model through the queue; the answer is printed as it is written")
     chat.add_argument("prompt", help="- for standard input")
     chat.add_argument("--model", help="such as llama3:8b; the worker's own by default")
@@ -439,12 +466,6 @@ def _add_images(add: Callable[..., argparse.ArgumentParser]) -> None:
     chat.add_argument("--option", action="append", metavar="NAME=VALUE", help="an option of Ollama's, such as temperature=0.2; may be repeated")
     chat.add_argument("--think", action="store_true", help="let the model think first")
     chat.add_argument("--priority", choices=("high", "normal", "low"))
-    demo = add("demo", cmd_demo, "Start everything here, draw one picture, stop everything", server=False)
-    for command, default in ((imagine, None), (demo, "a red circle on a blue background")):
-        command.add_argument("prompt", nargs="?" if default else None, default=default)
-        command.add_argument("-o", "--output", default="demo.png" if default else "out.png", metavar="FILE.png")
-        _image_flags(command)
-        command.add_argument("--model", help="image model: a Hub id, a folder, or demo")
 
 def _image_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative-prompt", metavar="TEXT")

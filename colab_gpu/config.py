@@ -111,13 +111,15 @@ _ROWS += [
 
 # %% ../nbs/01_config.ipynb #6cd0c1f5
 _ROWS += [
-    Setting("IMAGEN_MODEL_ID", "runwayml/stable-diffusion-v1-5", str, "Image model: a Hub id, a local folder, or `demo`", "images"),
-    Setting("IMAGEN_STEPS", "25", number(1, 1000, whole=True), "Denoising steps when a job names none", "images"),
+    Setting("IMAGEN_MODEL_ID", "runwayml/stable-diffusion-v1-5", str, "Image model: a Hub id, a folder, a .safetensors file, or `demo`", "images"),
+    Setting("IMAGEN_STEPS", "25", number(1, 1000, whole=True), "Denoising steps when a job names none; unset, what the model wants", "images"),
     Setting("IMAGEN_MAX_STEPS", "50", number(1, 1000, whole=True), "Most denoising steps; more are clamped", "images"),
-    Setting("IMAGEN_WIDTH", "512", number(64, 4096, whole=True), "Width when a job names none, pixels", "images"),
-    Setting("IMAGEN_HEIGHT", "512", number(64, 4096, whole=True), "Height when a job names none, pixels", "images"),
+    Setting("IMAGEN_WIDTH", "512", number(64, 4096, whole=True), "Width when a job names none, pixels; unset, the model's own", "images"),
+    Setting("IMAGEN_HEIGHT", "512", number(64, 4096, whole=True), "Height when a job names none, pixels; unset, the model's own", "images"),
     Setting("IMAGEN_DEVICE", "", str, "Device to draw on (cuda, mps, cpu); blank for the best", "images"),
     Setting("IMAGEN_SAFETY_CHECKER", "0", flag, "Run the model's own safety checker, if it has one", "images"),
+    Setting("IMAGEN_LORA_FOLDER", "", str, "Folder of adapters (LoRA, .safetensors) that jobs may name", "images"),
+    Setting("IMAGEN_COMPILE", "0", flag, "Compile the denoiser with torch: minutes for each new size, pays on large GPUs", "images"),
     Setting("HF_TOKEN", "", str, "Hugging Face token, for gated models", "images", True),
     Setting("OLLAMA_URL", "http://localhost:11434", base_url, "Address of the Ollama daemon", "chat"),
     Setting("OLLAMA_PRELOAD_MODELS", "", words, "Chat models to load at start, comma list", "chat"),

@@ -4,486 +4,165 @@
 
 # %% ../nbs/14_images.ipynb #e6e53a60
 from __future__ import annotations
-import contextlib, functools, gc, importlib, importlib.resources, inspect, io, json, os, re, secrets, sys
-import tempfile, threading, time, traceback, warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import contextlib, secrets, threading, time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 from .config import Settings
-from .errors import ColabGPUError, ExecutionError, InvalidInput, InvalidSetting, OutOfMemory, Transient
-from .jobs import ImagenDefaults, ImagenRequest, LocalContext, RunContext
+from .errors import ColabGPUError, ExecutionError, InvalidSetting, OutOfMemory
+from .jobs import ImagenRequest, LocalContext, RunContext
+from .models import KNOWN, ModelSource, caller_model, find_model, image_defaults, known_model, owner_model
+from .painting import (Commission, Drawing, LoadedModel, dtype_name, most_at_once, open_pictures, paint, using_clip_skip,
+                                using_loras, using_scheduler)
+from .pictures import FORMATS, drawable_size, open_picture
+from .pipelines import free_bytes, free_memory, held_bytes, library, load_pipeline, pick_device, telling_download, weight_bytes
 
 # %% auto #0
-__all__ = ['RANDOM_DEMO', 'RENAMED', 'BF16_FAMILIES', 'LOAD_ERRORS', 'LATENT_TO_RGB', 'PREVIEWS_PER_IMAGE', 'SAMPLERS', 'library',
-           'first_line', 'hush', 'ModelSource', 'find_model', 'cache_folder', 'tiny_pipeline', 'pick_device',
-           'pick_dtype', 'dtype_argument', 'chain', 'load_error', 'out_of_memory', 'translated', 'load_pipeline',
-           'can_preview', 'preview_jpeg', 'call_arguments', 'notes', 'step_reporter', 'call_pipeline', 'check_pixels',
-           'draw_error', 'parameters_text', 'to_png', 'Drawing', 'LoadedModel', 'paint', 'ModelShelf', 'free_memory',
-           'image_defaults', 'owner_model', 'caller_model', 'ImageExecutor']
+__all__ = ['ModelShelf', 'make_room', 'load_model', 'leave_device', 'bring_back', 'Pace', 'first_guess', 'shape', 'read_request',
+           'Turns', 'alone', 'ImageExecutor', 'Order', 'run_batch', 'draw', 'carry_out', 'hand_over', 'batch_size',
+           'preload']
 
 # %% ../nbs/14_images.ipynb #2785e1f8
-def library(name: str) -> Any:
-    "Import the package `name` now; raises `Transient` with the command that installs it (another worker may have it)."
-    try: return importlib.import_module(name)
-    except (ImportError, OSError) as e:  # a torch whose shared libraries don't match raises OSError
-        raise Transient(f"Drawing needs {name}, and it cannot be imported here ({first_line(e)}): "
-                        'run `pip install "colab-gpu[images]"`.') from None
-
-def first_line(error: BaseException, *, most: int = 200) -> str:
-    "The first line of what `error` says, at most `most` characters; its class's name when it says nothing."
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return line.rstrip(".") if len(line) <= most else line[:most - 1] + "…"
-
-# %% ../nbs/14_images.ipynb #17817989
-@functools.cache
-def hush() -> None:
-    "Switch off progress bars and warnings of diffusers, transformers and huggingface_hub, once per process."
-    warnings.filterwarnings("ignore", module=r"(diffusers|transformers|huggingface_hub)\.")
-    for package, variable in (("diffusers", "DIFFUSERS_VERBOSITY"), ("transformers", "TRANSFORMERS_VERBOSITY"),
-                              ("huggingface_hub", "HF_HUB_VERBOSITY")):
-        log = library(f"{package}.utils.logging")
-        if not os.environ.get(variable): log.set_verbosity_error()
-        if hasattr(log, "disable_progress_bar"): log.disable_progress_bar()
-    library("huggingface_hub.utils").disable_progress_bars()
-
-# %% ../nbs/14_images.ipynb #a814d658
-RANDOM_DEMO = "demo (random weights)"
-RENAMED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-@dataclass(frozen=True)
-class ModelSource:
-    "A model to load: the `name` that results show, what `from_pretrained` gets, and whether that is a folder here."
-    name: str
-    location: str
-    local: bool
-
-def find_model(model_id: str) -> ModelSource:
-    "Where the model `model_id` is: a Hub id, a folder, or `demo`. Raises `InvalidInput` when it can be none of them."
-    model_id = RENAMED.get(model_id, model_id)
-    if model_id == "demo": return _demo()
-    folder = Path(model_id).expanduser()
-    if folder.is_dir(): return ModelSource(folder.resolve().name, str(folder), True)
-    if folder.is_file() or len(model_id) > 96 or not _HUB_ID.fullmatch(model_id):
-        raise InvalidInput(f"`model` must be a Hub id such as {RENAMED['runwayml/stable-diffusion-v1-5']}, a folder in the "
-                           f"Diffusers format, or demo, not {model_id[:100]!r}.", field="model")
-    return ModelSource(model_id, model_id, False)
-
-def _demo() -> ModelSource:
-    bundled = Path(str(importlib.resources.files("colab_gpu"))) / "demo_model"
-    if (bundled / "model_index.json").is_file(): return ModelSource("demo", str(bundled), True)
-    return ModelSource(RANDOM_DEMO, str(cache_folder() / "tiny-1"), True)
-
-def cache_folder(environ: Mapping[str, str] | None = None) -> Path:
-    "The folder for what can be made again: `$XDG_CACHE_HOME/colab-gpu`, else `~/.cache/colab-gpu`."
-    base = (os.environ if environ is None else environ).get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "colab-gpu"
-
-# %% ../nbs/14_images.ipynb #4dc4c44a
-_START, _END = "<|startoftext|>", "<|endoftext|>"
-
-def _tiny_tokenizer(folder: Path) -> Any:
-    "A CLIP tokenizer whose tokens are single bytes, through the files that `from_pretrained` reads."
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's alphabet: the other 68 bytes come after 255
-    letters = [chr(n) for n in shown] + [chr(256 + n) for n in range(256 - len(shown))]
-    tokens = [*letters, *(letter + "</w>" for letter in letters), _START, _END]
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": _START, "eos_token": _END,
-              "unk_token": _END, "pad_token": _END}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: n for n, token in enumerate(tokens)}), "utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n", "utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
-    return library("transformers").CLIPTokenizer.from_pretrained(folder)
-
-# %% ../nbs/14_images.ipynb #377b3b59
-def _tiny_parts(seed: int) -> dict[str, Any]:
-    "Text encoder, UNet, VAE and scheduler with random weights that depend on `seed` alone."
-    torch, diffusers, transformers = library("torch"), library("diffusers"), library("transformers")
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
-        torch.manual_seed(seed)
-        return {
-            "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(
-                vocab_size=514, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                bos_token_id=512, eos_token_id=513, pad_token_id=513)),
-            "unet": diffusers.UNet2DConditionModel(
-                sample_size=32, layers_per_block=1, block_out_channels=(16, 32), cross_attention_dim=32,
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-                attention_head_dim=4, norm_num_groups=8),
-            "vae": diffusers.AutoencoderKL(
-                sample_size=256, latent_channels=4, layers_per_block=1, norm_num_groups=4, block_out_channels=(8, 8, 8, 8),
-                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
-            "scheduler": diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                                 clip_sample=False, set_alpha_to_one=False, steps_offset=1)}
-
-# %% ../nbs/14_images.ipynb #f90b3f59
-def tiny_pipeline(folder: str | os.PathLike[str], *, seed: int = 0) -> Path:
-    """Build a tiny Stable Diffusion pipeline with random weights at `folder`, unless one is there, and return its path.
-
-    Parameters
-    ----------
-    folder: where to write it, in the Diffusers format; about 1.3 MB.
-    seed: decides the weights; nothing else does.
-    """
-    target = Path(folder)
-    if (target / "model_index.json").is_file(): return target
-    hush()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tiny-") as work:
-        made = Path(work) / "pipeline"
-        library("diffusers").StableDiffusionPipeline(
-            tokenizer=_tiny_tokenizer(Path(work) / "tokenizer"), **_tiny_parts(seed), safety_checker=None,
-            feature_extractor=None, requires_safety_checker=False).save_pretrained(made)
-        try: made.replace(target)
-        except OSError:  # another process was first, or something else is in the way
-            if not (target / "model_index.json").is_file(): raise
-    return target
-
-# %% ../nbs/14_images.ipynb #c403d4fe
-def pick_device(wanted: str = "") -> str:
-    "The torch device to draw on: `wanted`, or when blank the best of cuda, mps, cpu. Raises `InvalidSetting`."
-    torch = library("torch")
-    here = [f"cuda:{n}" for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    here = (["cuda"] if here else []) + here + (["mps"] if torch.backends.mps.is_available() else []) + ["cpu"]
-    if not wanted: return here[0]
-    if wanted in here: return wanted
-    raise InvalidSetting(f"IMAGEN_DEVICE must be {' or '.join(here)} on this machine, or blank for the best, not {wanted!r}.",
-                         field="IMAGEN_DEVICE")
-
-# %% ../nbs/14_images.ipynb #55e35616
-BF16_FAMILIES = ("Flux", "ZImage", "QwenImage", "Lumina", "Chroma", "CogView4", "Sana")
-
-def pick_dtype(device: str, family: str = "", capability: tuple[int, int] | None = None) -> str:
-    """The precision to load a model in: float16, bfloat16 or float32.
-
-    Parameters
-    ----------
-    device: a torch device. family: the name of the pipeline's class, if known.
-    capability: CUDA compute capability; `None` asks the device. Native bfloat16 begins with 8.0 (Ampere).
-    """
-    if not device.startswith("cuda"): return "float32"
-    if capability is None: capability = library("torch").cuda.get_device_capability(device)
-    return "bfloat16" if capability >= (8, 0) and family.startswith(BF16_FAMILIES) else "float16"
-
-# %% ../nbs/14_images.ipynb #15376245
-def dtype_argument(version: str) -> str:
-    "What `from_pretrained` calls the precision in the diffusers of that `version`."
-    return "dtype" if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) >= (0, 42) else "torch_dtype"
-
-# %% ../nbs/14_images.ipynb #aac71820
-LOAD_ERRORS: tuple[tuple[str, type[ExecutionError], str], ...] = (
-    ("GatedRepoError", InvalidInput, "{name} is a gated model: accept its terms at https://huggingface.co/{name}, then give "
-                                     "the worker a token of that account as HF_TOKEN."),
-    ("RepositoryNotFoundError", InvalidInput, "There is no model {name} on the Hugging Face Hub: check the spelling, or set "
-                                              "HF_TOKEN if it is private."),
-    ("HFValidationError", InvalidInput, "{name} is not a name that the Hugging Face Hub allows: check the spelling."),
-    ("OfflineModeIsEnabled", Transient, "{name} has not been downloaded here, and HF_HUB_OFFLINE forbids it: unset it, or "
-                                        "download the model first."),
-    ("LocalEntryNotFoundError", Transient, "The Hugging Face Hub cannot be reached to load {name}: check the network, then try again."),
-    ("EntryNotFoundError", InvalidInput, "{name} is not a Diffusers model: it lacks a file that a pipeline needs (model_index.json)."),
-    ("HfHubHTTPError", Transient, "The Hugging Face Hub cannot serve {name} just now: try again later."),
-    ("TransportError", Transient, "The connection to the Hugging Face Hub broke while loading {name}: try again."),
-    ("ConnectionError", Transient, "The connection to the Hugging Face Hub broke while loading {name}: try again."),
-    ("SafetensorError", InvalidInput, "The files of {name} are damaged: delete them, then load it again."),
-    ("ImportError", Transient, 'Loading {name} needs a package that is missing ({why}): run `pip install "colab-gpu[images]"`.'),
-)
-
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    "`error` and what caused it, outermost first."
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-# %% ../nbs/14_images.ipynb #961e9233
-def load_error(error: Exception, source: ModelSource, *, secret: str = "") -> ExecutionError:
-    "The error of our tree for an `error` met while loading `source`; neither its path nor the `secret` token is in it."
-    if out_of_memory(error):
-        return OutOfMemory(f"{source.name} does not fit into the memory of this machine: take a smaller model, or a larger machine.")
-    if any(getattr(e, "errno", None) == 28 for e in chain(error)):
-        return Transient(f"The disk is full, so {source.name} cannot be loaded: free some space.")
-    classes = {cls.__name__ for e in chain(error) for cls in type(e).__mro__}
-    why = first_line(error).replace(source.location, source.name)
-    if secret: why = why.replace(secret, "…")
-    for name, kind, sentence in LOAD_ERRORS:
-        if name in classes: return kind(sentence.format(name=source.name, why=why))
-    kind = Transient if isinstance(error, RuntimeError) else InvalidInput
-    return kind(f"{source.name} cannot be loaded: {why}.")
-
-def out_of_memory(error: BaseException) -> bool:
-    "Whether memory ran out. torch has a class for that on CUDA; the CPU and MPS raise RuntimeError with a sentence."
-    return any(isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "out of memory" in str(e)
-               or "can't allocate memory" in str(e) for e in chain(error))
-
-# %% ../nbs/14_images.ipynb #c858b1f7
-@contextlib.contextmanager
-def translated(explain: Callable[[Exception], ColabGPUError]) -> Iterator[None]:
-    "Raise what `explain` makes of a library's error; errors of our own pass."
-    try: yield
-    except ColabGPUError: raise
-    except Exception as e:
-        problem = explain(e)
-        for each in chain(e): traceback.clear_frames(each.__traceback__)
-        raise problem from None
-
-# %% ../nbs/14_images.ipynb #a60d657a
-def load_pipeline(source: ModelSource, *, device: str, dtype: str | None = None, token: str = "", safety_checker: bool = False) -> Any:
-    """Load the text-to-image pipeline at `source` onto `device`.
-
-    Parameters
-    ----------
-    dtype: name of a torch dtype; `None` picks one for the device and the model.
-    token: Hugging Face token, for gated models; blank for what the Hub client finds itself.
-    Raises `InvalidInput`, `OutOfMemory` or `Transient`.
-    """
-    torch, diffusers = library("torch"), library("diffusers")
-    hush()
-    with translated(lambda e: load_error(e, source, secret=token)):
-        if source.name == RANDOM_DEMO: tiny_pipeline(source.location)
-        wanted = getattr(torch, dtype or pick_dtype(device, _family(source, token) if device.startswith("cuda") else ""))
-        options: dict[str, Any] = {dtype_argument(diffusers.__version__): wanted, "token": token or None}
-        if not source.local: options["use_safetensors"] = True
-        if not safety_checker: options.update(safety_checker=None, requires_safety_checker=False)
-        pipe = diffusers.AutoPipelineForText2Image.from_pretrained(source.location, **options)
-        if pipe.dtype != wanted: pipe.to(dtype=wanted)
-        pipe.to(device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-def _family(source: ModelSource, token: str) -> str:
-    "The class that the model's own index names."
-    return str(library("diffusers").DiffusionPipeline.load_config(source.location, token=token or None)["_class_name"])
-
-# %% ../nbs/14_images.ipynb #5ea5fb8f
-# K. Turner, "Decoding latents to RGB without upscaling", https://discuss.huggingface.co/t/decoding-latents-to-rgb-without-upscaling/23204
-LATENT_TO_RGB = ((0.298, 0.207, 0.208), (0.187, 0.286, 0.173), (-0.158, 0.189, 0.264), (-0.184, -0.271, -0.473))
-PREVIEWS_PER_IMAGE = 8
-
-def can_preview(pipe: Any) -> bool:
-    "Whether the latents of `pipe` are Stable Diffusion 1's: SDXL has four channels too, and another scale."
-    config = getattr(getattr(pipe, "vae", None), "config", None)
-    return getattr(config, "latent_channels", 0) == 4 and abs(getattr(config, "scaling_factor", 0) - 0.18215) < 1e-4
-
-def preview_jpeg(latents: Any, *, side: int = 256) -> bytes:
-    "A JPEG of at most 64 KiB, its longer side `side` pixels, from the first of `latents`, shape (batch, 4, height/8, width/8)."
-    from PIL import Image
-    torch = library("torch")
-    rgb = latents[0].detach().float().permute(1, 2, 0) @ torch.tensor(LATENT_TO_RGB, device=latents.device)
-    pixels = (rgb / 2 + 0.5).nan_to_num(0).clamp(0, 1).mul(255).to(torch.uint8).cpu().numpy()
-    image, scale = Image.fromarray(pixels), side / max(pixels.shape)
-    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BILINEAR)
-    return _encoded(image, "JPEG", quality=70)
-
-def _encoded(image: Any, format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-# %% ../nbs/14_images.ipynb #73d994d2
-def call_arguments(pipe: Any, request: ImagenRequest, seed: int, on_step: Callable[..., Any]) -> dict[str, Any]:
-    "What to call `pipe` with: all of the request that it has a parameter for."
-    takes = inspect.signature(pipe.__call__).parameters
-    offered = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "guidance_scale": request.guidance_scale,
-               "num_inference_steps": request.num_inference_steps, "width": request.width, "height": request.height,
-               "generator": library("torch").Generator("cpu").manual_seed(seed), "output_type": "np", "callback_on_step_end": on_step}
-    if "callback_on_step_end" not in takes:
-        offered.update(callback=lambda index, timestep, latents: on_step(pipe, index, timestep, {"latents": latents}), callback_steps=1)
-    return {name: value for name, value in offered.items() if name in takes and value is not None}
-
-def notes(pipe: Any, request: ImagenRequest) -> list[str]:
-    "What the caller should know: which of their words this pipeline will not read."
-    out = []
-    if request.negative_prompt and "negative_prompt" not in inspect.signature(pipe.__call__).parameters:
-        out.append("This model takes no negative prompt: it was left out.")
-    tokenizers = [part for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None]
-    room = max((t.model_max_length for t in tokenizers), default=0)
-    used = min((len(t(request.prompt).input_ids) for t in tokenizers), default=0)
-    if used > room: out.append(f"The prompt has {used} tokens and this model reads {room}: the end of it was left out.")
-    return out
-
-# %% ../nbs/14_images.ipynb #dc98e813
-def step_reporter(ctx: RunContext, steps: int) -> Callable[..., dict[str, Any]]:
-    "A `callback_on_step_end` that asks `ctx` whether to go on, then reports progress, with a preview when somebody watches."
-    def on_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        ctx.check()
-        total = max(index + 1, getattr(pipe, "num_timesteps", None) or steps)
-        due = (index + 1) % max(1, total // PREVIEWS_PER_IMAGE) == 0 and index + 1 < total
-        preview = preview_jpeg(tensors["latents"]) if due and ctx.watched and can_preview(pipe) else None
-        ctx.progress(index + 1, total, preview=preview)
-        return tensors
-    return on_step
-
-def call_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
-    "Call `pipe`, and when it raises do what its own last line would have done: put offloaded parts back."
-    try: return pipe(**arguments)
-    except BaseException:
-        pipe.maybe_free_model_hooks()
-        raise
-
-# %% ../nbs/14_images.ipynb #88ce5841
-def check_pixels(pixels: Any, *, name: str, dtype: str, withheld: bool = False) -> None:
-    "Raise `InvalidInput` unless `pixels`, floats of shape (height, width, 3), are a picture."
-    if withheld: raise InvalidInput(f"The safety checker of {name} withheld this picture: change the prompt or the seed.")
-    isfinite = library("numpy").isfinite(pixels).all()
-    if isfinite and pixels.any(): return
-    cure = ("its weights are damaged; load it anew, or take another model" if dtype == "float32" else
-            f"it overflows in {dtype}; draw with ImageExecutor(dtype=\"float32\"), or take another model")
-    raise InvalidInput(f"{name} gave {'a black picture' if isfinite else 'NaN instead of a picture'}: {cure}.")
-
-# %% ../nbs/14_images.ipynb #199b55e7
-def draw_error(error: Exception, request: ImagenRequest, *, name: str, device: str) -> ExecutionError:
-    "The error of our tree for an `error` met while `name` was drawing `request` on `device`."
-    size = f"{request.width}×{request.height}"
-    if out_of_memory(error):
-        w, h = (max(256, side // 16 * 8) for side in (request.width, request.height))
-        smaller = f"ask for {w}×{h}" if (w, h) != (request.width, request.height) else "take a smaller model"
-        return OutOfMemory(f"{size} pixels with {name} need more memory than {device} has{_free(device)}: {smaller}.")
-    why = f"{type(error).__name__}: {first_line(error)}"
-    if isinstance(error, ValueError): return InvalidInput(f"{name} refuses this request ({why}).")
-    cure = "restart the worker" if "CUDA error" in str(error) else "try again"
-    return Transient(f"Drawing with {name} on {device} failed ({why}): {cure}.")
-
-def _free(device: str) -> str:
-    if not device.startswith("cuda"): return ""
-    free, total = (n / 2**30 for n in library("torch").cuda.mem_get_info(device))
-    return f" ({free:.1f} of {total:.1f} GiB free)"
-
-# %% ../nbs/14_images.ipynb #9d23a84e
-SAMPLERS = {"PNDMScheduler": "PLMS", "DDIMScheduler": "DDIM", "EulerDiscreteScheduler": "Euler", "LCMScheduler": "LCM",
-            "EulerAncestralDiscreteScheduler": "Euler a", "DPMSolverMultistepScheduler": "DPM++ 2M", "HeunDiscreteScheduler": "Heun",
-            "LMSDiscreteScheduler": "LMS", "UniPCMultistepScheduler": "UniPC"}
-
-def parameters_text(facts: Mapping[str, Any]) -> str:
-    """AUTOMATIC1111's `parameters` text for `facts`: prompt, negative prompt, then one line of pairs.
-
-    Source: https://github.com/AUTOMATIC1111/stable-diffusion-webui, `modules/infotext_utils.py`.
-    """
-    pairs = {"Steps": facts["num_inference_steps"], "Sampler": SAMPLERS.get(facts["scheduler"], facts["scheduler"]),
-             "CFG scale": f"{facts['guidance_scale']:g}", "Seed": facts["seed"], "Size": f"{facts['width']}x{facts['height']}",
-             "Model": facts["model"], "RNG": "CPU"}
-    lines = [facts["prompt"], *([f"Negative prompt: {facts['negative_prompt']}"] if facts["negative_prompt"] else []),
-             ", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items())]
-    return "\n".join(lines)
-
-def _quoted(value: Any) -> str:
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ",:\n") else text
-
-# %% ../nbs/14_images.ipynb #1fcff015
-def to_png(image: Any, facts: Mapping[str, Any]) -> bytes:
-    "`image` as a PNG that carries `facts`; plain text where Latin-1 can hold it, else Unicode (tEXt, iTXt; PNG 11.3)."
-    from PIL.PngImagePlugin import PngInfo
-    info = PngInfo()
-    info.add_text("parameters", parameters_text(facts))
-    info.add_text("colab-gpu", json.dumps({"tool": "imagenGenerate", **facts}))
-    return _encoded(image, "PNG", pnginfo=info)
-
-# %% ../nbs/14_images.ipynb #dba08d59
-@dataclass(frozen=True)
-class Drawing:
-    "A finished picture: `image` (PIL), `png` (bytes), `meta` (the job's result), `notes` (sentences for people)."
-    image: Any
-    png: bytes
-    meta: dict[str, Any]
-    notes: tuple[str, ...] = ()
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        "Write the PNG, with what made it inside, to `path`."
-        Path(path).write_bytes(self.png)
-        return Path(path)
-
-    def _repr_png_(self) -> bytes: return self.png
-    def __repr__(self) -> str:
-        m = self.meta
-        return f"Drawing({m['prompt'][:40]!r}, {m['width']}×{m['height']}, seed {m['seed']}, {m['model']})"
-
-# %% ../nbs/14_images.ipynb #7d35276e
-@dataclass(frozen=True)
-class LoadedModel:
-    "A pipeline in memory, where it came from, and the device it is on."
-    source: ModelSource
-    pipe: Any
-    device: str
-
-def paint(model: LoadedModel, request: ImagenRequest, seed: int, ctx: RunContext, clock: Callable[[], float]) -> Drawing:
-    "Draw `request` with `model`; `meta` has the fields of the result. Raises `ExecutionError`, and what `ctx.check` raises."
-    pipe, name, started, said = model.pipe, model.source.name, clock(), notes(model.pipe, request)
-    for sentence in said: ctx.log(sentence)
-    with translated(lambda e: draw_error(e, request, name=name, device=model.device)):
-        output = call_pipeline(pipe, call_arguments(pipe, request, seed, step_reporter(ctx, request.num_inference_steps)))
-        image = _to_image(output, name=name, dtype=_dtype_name(pipe))
-        facts = {"model": name, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
-                 "guidance_scale": request.guidance_scale, "num_inference_steps": request.num_inference_steps,
-                 "width": image.width, "height": image.height, "seed": seed}
-        png = to_png(image, {**facts, "scheduler": type(pipe.scheduler).__name__ if hasattr(pipe, "scheduler") else "own"})
-    return Drawing(image, png, {**facts, "duration_ms": round((clock() - started) * 1000), "device": model.device}, tuple(said))
-
-def _dtype_name(pipe: Any) -> str: return str(pipe.dtype).removeprefix("torch.")
-
-def _to_image(output: Any, *, name: str, dtype: str) -> Any:
-    "The first picture of a pipeline's output, checked, as a PIL image."
-    from PIL import Image
-    pixels, withheld = output.images[0], getattr(output, "nsfw_content_detected", None)
-    check_pixels(pixels, name=name, dtype=dtype, withheld=bool(withheld and withheld[0]))
-    return Image.fromarray((pixels * 255).round().astype("uint8"))
-
-# %% ../nbs/14_images.ipynb #9c375e96
 class ModelShelf:
-    "The loaded models, at most `keep`. `device`, `dtype` and the rest as for `ImageExecutor`."
-    def __init__(self, settings: Settings, *, device: str | None = None, dtype: str | None = None, keep: int = 1) -> None:
+    "The loaded models, at most `keep`, the most recent last. `device`, `dtype` and the rest as for `ImageExecutor`."
+    def __init__(self, settings: Settings, *, device: str | None = None, dtype: str | None = None, keep: int = 4,
+                 free: Callable[[str], int | None] = free_bytes) -> None:
         if dtype not in (None, "float16", "bfloat16", "float32"):
             raise InvalidSetting(f"`dtype` must be float16, bfloat16 or float32, not {dtype!r}.", field="dtype")
-        self._settings, self._device, self._dtype, self._keep = settings, device, dtype, max(1, keep)
-        self._loaded: dict[str, LoadedModel] = {}
+        self.settings, self.dtype, self.keep, self.free = settings, dtype, max(1, keep), free
+        self._device, self.loaded = device, dict[str, LoadedModel]()
 
-    def names(self) -> list[str]: return [model.source.name for model in list(self._loaded.values())]
-    def has(self, source: ModelSource) -> bool: return source.location in self._loaded
+    def names(self) -> list[str]: return [model.source.name for model in list(self.loaded.values())]
+    def has(self, source: ModelSource) -> bool: return source.location in self.loaded
+    def size(self) -> int: return sum(model.size for model in list(self.loaded.values()) if not model.away)
+    def device(self) -> str: return pick_device(self.settings["IMAGEN_DEVICE"] if self._device is None else self._device)
+
+    def needs(self, source: ModelSource) -> int:
+        "About how many bytes it takes to have the model at `source` on the device; 0 when it is there, or nobody knows."
+        model, half = self.loaded.get(source.location), self.device().startswith("cuda") and self.dtype != "float32"
+        if model is not None: return model.size if model.away else 0
+        return weight_bytes(source, "float16" if half else "float32") or round(known_model(source).gib * (1 << 30) * (1 if half else 2))
 
     def get(self, source: ModelSource, say: Callable[[str], None] = lambda sentence: None) -> LoadedModel:
         "The model at `source`; if it must be loaded, `say` hears of it. Raises what `pick_device` and `load_pipeline` raise."
-        model = self._loaded.pop(source.location, None) or self._load(source, say)
-        self._loaded[source.location] = model  # last: the most recent
+        model = self.loaded.get(source.location)
+        if model is None or model.away: make_room(self, self.needs(source), keep=model)
+        if model is None: model = load_model(self, source, say)
+        elif model.away: bring_back(model)
+        self.loaded.pop(source.location, None)
+        self.loaded[source.location] = model  # last: the most recent
         return model
-
-    def _load(self, source: ModelSource, say: Callable[[str], None]) -> LoadedModel:
-        device = pick_device(self._settings["IMAGEN_DEVICE"] if self._device is None else self._device)
-        if len(self._loaded) >= self._keep: self.drop(len(self._loaded) - self._keep + 1)
-        say(f"Loading {source.name}{'' if source.local else '; the first time it is downloaded'}.")
-        pipe = load_pipeline(source, device=device, dtype=self._dtype, token=self._settings["HF_TOKEN"],
-                             safety_checker=self._settings["IMAGEN_SAFETY_CHECKER"])
-        say(f"Loaded {source.name} on {device} in {_dtype_name(pipe)}.")
-        return LoadedModel(source, pipe, device)
 
     def drop(self, count: int | None = None) -> None:
         "Let go of the `count` models not used for longest (`None`: all), and of their memory."
-        for location in list(self._loaded)[:count]: del self._loaded[location]
+        for location in list(self.loaded)[:count]: del self.loaded[location]
         free_memory()
 
-def free_memory() -> None:
-    "Give back what torch keeps for itself, as far as nobody holds it."
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available(): torch.cuda.empty_cache()
-    elif torch is not None and torch.backends.mps.is_available(): torch.mps.empty_cache()
+# %% ../nbs/14_images.ipynb #658ea867
+def make_room(shelf: ModelShelf, need: int, keep: LoadedModel | None = None) -> None:
+    "Drop models, those not used for longest first, until one more of `need` bytes may stand beside the rest; but not `keep`."
+    others = [location for location, model in shelf.loaded.items() if model is not keep]
+    def crowded() -> bool:
+        if keep is None and len(others) >= shelf.keep: return True
+        free = shelf.free(shelf.device()) if need else None
+        return free is not None and free < need * 6 // 5
+    while others and crowded():
+        del shelf.loaded[others.pop(0)]
+        free_memory()
 
-# %% ../nbs/14_images.ipynb #8e38f78c
-def image_defaults(settings: Mapping[str, Any]) -> ImagenDefaults:
-    "What a request gets that names nothing, from IMAGEN_STEPS, IMAGEN_MAX_STEPS, IMAGEN_WIDTH and IMAGEN_HEIGHT."
-    most = settings["IMAGEN_MAX_STEPS"]
-    return ImagenDefaults(steps=min(settings["IMAGEN_STEPS"], most), max_steps=most,
-                          width=settings["IMAGEN_WIDTH"], height=settings["IMAGEN_HEIGHT"])
+def load_model(shelf: ModelShelf, source: ModelSource, say: Callable[[str], None]) -> LoadedModel:
+    "Load the model at `source` for `shelf`; when memory runs out, again without the others."
+    device, settings = shelf.device(), shelf.settings
+    say(f"Loading {source.name}{'' if source.local else '; the first time it is downloaded'}.")
+    def load() -> Any:
+        return load_pipeline(source, device=device, dtype=shelf.dtype, token=settings["HF_TOKEN"], compiled=settings["IMAGEN_COMPILE"],
+                             safety_checker=settings["IMAGEN_SAFETY_CHECKER"])
+    with telling_download(source, say, gib=known_model(source).gib if source.name in KNOWN else 0):
+        try: pipe = load()
+        except OutOfMemory:
+            if not shelf.loaded: raise
+            shelf.drop()
+            pipe = load()
+    say(f"Loaded {source.name} on {device} in {dtype_name(pipe)}.")
+    return LoadedModel(source, pipe, device, held_bytes(pipe))
 
-# %% ../nbs/14_images.ipynb #2a15ebeb
-def owner_model(asked: str | None, own: str) -> ModelSource:
-    "The model that the worker's owner `asked` for; `None` and its name in results mean the executor's `own`."
-    source = find_model(own)
-    return source if asked in (None, own, source.name) else find_model(str(asked))
+# %% ../nbs/14_images.ipynb #6d8745a3
+def leave_device(shelf: ModelShelf, need: int) -> None:
+    "Free at least `need` bytes of the device if the models have as many, those not used for longest first."
+    freed = 0
+    for location, model in list(shelf.loaded.items()):
+        if freed >= need: break
+        if model.away: continue
+        freed += model.size
+        room = shelf.free("cpu")
+        if model.device.startswith("cuda") and not model.offloaded and (room is None or room > 2 * model.size):
+            model.pipe.to("cpu")
+            model.away = True
+        else: del shelf.loaded[location]
+    free_memory()
 
-def caller_model(asked: str | None, own: str) -> ModelSource:
-    "The model that a job `asked` for: as `owner_model`, but no folder. Raises `InvalidInput`, the same for all paths."
-    foreign = asked not in (None, "demo", own, find_model(own).name)
-    if foreign and (not _HUB_ID.fullmatch(str(asked)) or Path(str(asked)).is_dir()):
-        raise InvalidInput(f"`model` must be a Hub id, demo, or this worker's own model, not {str(asked)[:100]!r}.", field="model")
-    return owner_model(asked, own)
+def bring_back(model: LoadedModel) -> None:
+    "Move a model that waits in the machine's own memory to its device again. Raises `OutOfMemory`."
+    try: model.pipe.to(model.device)
+    except RuntimeError as e:
+        raise OutOfMemory(f"{model.source.name} does not fit into the memory of {model.device} just now: try again later.") from e
+    model.away = False
+
+# %% ../nbs/14_images.ipynb #a814d658
+class Pace:
+    "How long a picture takes in a batch of n, as measured: seconds a step and a megapixel."
+    def __init__(self, start: int = 1, most: int = 16) -> None:
+        self.start, self.most = start, most
+        self.cost: dict[int, float] = {}
+        self._warm: set[int] = set()
+
+    def note(self, n: int, seconds: float, work: float) -> None:
+        "A batch of `n` pictures took `seconds`; `work` is the steps times the megapixels of one."
+        if n in self._warm and seconds > 0 and work > 0:
+            self.cost[n] = min(seconds / n / work, self.cost.get(n, float("inf")))
+        self._warm.add(n)
+
+    def size(self) -> int:
+        "The batch size to ask for next."
+        if not self.cost: return self.start
+        best = min(n for n, cost in self.cost.items() if cost <= min(self.cost.values()) / 0.97)
+        return min(self.most, 2 * best) if best == max(self.cost) else best
+
+def first_guess(device: str) -> int:
+    "The batch size to begin with on `device`: 1, on recent GPUs with much memory 2 to 8."
+    if not device.startswith("cuda"): return 1
+    cuda = library("torch").cuda
+    if cuda.get_device_capability(device) < (8, 0): return 1
+    gib = cuda.get_device_properties(device).total_memory / 2**30
+    return 8 if gib > 60 else 4 if gib > 30 else 2
+
+# %% ../nbs/14_images.ipynb #edb73f5c
+def shape(request: ImagenRequest) -> tuple[Any, ...]:
+    "What requests to one model must share to be drawn in one call."
+    return (request.width, request.height, request.num_inference_steps, request.guidance_scale, request.scheduler, request.clip_skip, request.loras,
+            request.init_image, request.mask_image, request.strength)
+
+def read_request(payload: Mapping[str, Any], model: LoadedModel, settings: Mapping[str, Any], *, own: bool) -> ImagenRequest:
+    "The request in `payload`, with what `model` wants where it names nothing. Raises `InvalidPayload`, `InvalidInput`."
+    defaults = image_defaults(settings, known_model(model.source, type(model.pipe).__name__), own=own)
+    request = ImagenRequest.parse(payload, defaults)
+    if request.init_image and not (payload.get("width") and payload.get("height")):
+        width, height = drawable_size(open_picture(request.init_image, "init_image").size, most=defaults.max_side)
+        request = replace(request, width=width if not payload.get("width") else request.width,
+                          height=height if not payload.get("height") else request.height)
+    return request
+
+# %% ../nbs/14_images.ipynb #4dc4c44a
+class Turns(Protocol):
+    "What of an arbiter is used here (see `gpu`)."
+    def join(self, holder: Any) -> None: "Take part."
+    def turn(self, family: str, need_bytes: int = 0, check: Callable[[], None] = ...) -> contextlib.AbstractContextManager[None]:
+        "A turn of `family`, which is going to need `need_bytes` more; `check` is called while it waits."
+
+@contextlib.contextmanager
+def alone(*_: Any, **__: Any) -> Iterator[None]:
+    "A turn where nobody else is."
+    yield
 
 # %% ../nbs/14_images.ipynb #46398f6d
 class ImageExecutor:
@@ -491,65 +170,181 @@ class ImageExecutor:
 
     Parameters
     ----------
-    model_id: Hub id, folder or `demo`; `None` takes IMAGEN_MODEL_ID.
+    model_id: Hub id, folder, .safetensors file or `demo`; `None` takes IMAGEN_MODEL_ID.
     device: torch device; `None` takes IMAGEN_DEVICE, and when that is blank the best.
-    dtype: float16, bfloat16 or float32; `None` picks for the device and the model.
-    settings: where defaults come from; `None` reads the environment.
-    keep: how many models stay loaded, 1 or more.
-    pick_seed: chooses the seed of a request that names none, 0…2**32-1.
-    clock: seconds, for the durations in results.
+    dtype: float16, bfloat16 or float32; `None` picks for the device and the model. settings: where defaults come from; `None` reads the environment.
+    keep: how many models stay loaded at most, 1 or more. pick_seed: chooses the seed of a request that names none, 0…2**32-1.
+    clock: seconds, for the durations in results. arbiter: gives turns on the GPU (`gpu.Arbiter`); `None`: nobody else is there.
+    free: bytes that are free on a device, `None` where nobody knows.
     """
-    tool = "imagenGenerate"
+    tool, family = "imagenGenerate", "images"
 
-    def __init__(self, model_id: str | None = None, *, device: str | None = None, dtype: str | None = None,
-                 settings: Settings | None = None, keep: int = 1, pick_seed: Callable[[], int] = lambda: secrets.randbelow(2**32),
-                 clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, model_id: str | None = None, *, device: str | None = None, dtype: str | None = None, settings: Settings | None = None,
+                 keep: int = 4, pick_seed: Callable[[], int] = lambda: secrets.randbelow(2**32), clock: Callable[[], float] = time.perf_counter,
+                 arbiter: Turns | None = None, free: Callable[[str], int | None] = free_bytes) -> None:
         self.settings = Settings() if settings is None else settings
         self.model_id = model_id or str(self.settings["IMAGEN_MODEL_ID"])
-        self._shelf = ModelShelf(self.settings, device=device, dtype=dtype, keep=keep)
-        self._pick_seed, self._clock, self._lock = pick_seed, clock, threading.Lock()
+        self.shelf, self.paces = ModelShelf(self.settings, device=device, dtype=dtype, keep=keep, free=free), dict[str, Pace]()
+        self.pick_seed, self.clock, self.lock = pick_seed, clock, threading.RLock()
+        self.turn: Callable[..., Any] = alone if arbiter is None else arbiter.turn
+        if arbiter is not None: arbiter.join(self)
 
     def __repr__(self) -> str: return f"ImageExecutor({self.model_id}, loaded: {', '.join(self.models()) or 'nothing'})"
-
-    def models(self) -> list[str]:
-        "The names of the models that are loaded now, the most recent last."
-        return self._shelf.names()
-
-    def preload(self, model_id: str | None = None, on_progress: Callable[[str], None] | None = None) -> None:
-        "Load `model_id` (`None`: the executor's own) now, telling `on_progress` a sentence before and after."
-        with self._lock: self._shelf.get(owner_model(model_id, self.model_id), on_progress or (lambda sentence: None))
-
+    def models(self) -> list[str]: "The names of the models that are loaded now, the most recent last."; return self.shelf.names()
+    def held_bytes(self) -> int: "What the loaded models take of the device's memory."; return self.shelf.size()
+    def batch_size(self) -> int: "The most jobs that one call takes well, 1…16, as far as was measured."; return batch_size(self)
+    def leave(self, need_bytes: int) -> None:
+        "Let go of `need_bytes` of the device's memory, or of all there is."
+        with self.lock: leave_device(self.shelf, need_bytes)
     def unload(self) -> None:
         "Let go of every model and its memory; waits for a run to end."
-        with self._lock: self._shelf.drop()
-
+        with self.lock: self.shelf.drop()
+    def preload(self, model_id: str | None = None, on_progress: Callable[[str], None] | None = None) -> None:
+        "Load `model_id` (`None`: the executor's own) now, telling `on_progress` how far it is."
+        preload(self, owner_model(model_id, self.model_id), on_progress or (lambda sentence: None))
     def draw(self, prompt: str | Mapping[str, Any], *, on_progress: Callable[[int, int], None] | None = None, **payload: Any) -> Drawing:
         "Draw for a person: a prompt or a whole payload, and more of its fields by name. Raises `InvalidPayload`, `ExecutionError`."
-        asked = {**({"prompt": prompt} if isinstance(prompt, str) else prompt), **payload}
-        request = ImagenRequest.parse(asked, image_defaults(self.settings))
-        return self._draw(request, owner_model(request.model, self.model_id), LocalContext(on_progress=on_progress))
-
+        return draw(self, {**({"prompt": prompt} if isinstance(prompt, str) else prompt), **payload}, LocalContext(on_progress=on_progress))
     def run(self, payload: dict[str, Any], ctx: RunContext) -> dict[str, Any]:
-        "Run a job: draw, hand over `image.png`, return the result's JSON. Raises `InvalidPayload`, `ExecutionError`."
-        request = ImagenRequest.parse(payload, image_defaults(self.settings))
-        drawing = self._draw(request, caller_model(request.model, self.model_id), ctx)
-        ctx.artifact("image.png", drawing.png, "image/png")
-        return drawing.meta
+        "Run a job: draw, hand over the pictures, return the result's JSON. Raises `InvalidPayload`, `ExecutionError`."
+        [result] = self.run_batch([(payload, ctx)])
+        if isinstance(result, Exception): raise result
+        return result
+    def run_batch(self, jobs: Sequence[tuple[dict[str, Any], RunContext]]) -> list[dict[str, Any] | Exception]:
+        "Run jobs, those that can in one call; for each its result, or what it would have raised, in order."
+        return run_batch(self, jobs)
 
-    def _draw(self, request: ImagenRequest, source: ModelSource, ctx: RunContext) -> Drawing:
-        with self._lock:
-            ctx.check()
-            warm, started = self._shelf.has(source), self._clock()
-            if not warm: ctx.progress(0, request.num_inference_steps, phase="loading")
-            model = self._shelf.get(source, ctx.log)
-            load_ms = 0 if warm else round((self._clock() - started) * 1000)
-            ctx.check()
-            seed = self._pick_seed() if request.seed is None else request.seed
-            try:
-                drawing = paint(model, request, seed, ctx, self._clock)
-            except OutOfMemory:
-                free_memory()
-                raise
-            ctx.check()
-            drawing.meta["load_ms"] = load_ms
-            return drawing
+# %% ../nbs/14_images.ipynb #efcbd816
+class Order:
+    "One job of a batch, from its payload to its result."
+    def __init__(self, payload: Mapping[str, Any], ctx: RunContext) -> None:
+        self.payload, self.ctx = payload, ctx
+        self.source: ModelSource | None = None
+        self.job: Commission | None = None
+        self.failed: Exception | None = None
+
+    @contextlib.contextmanager
+    def own_errors(self) -> Iterator[None]:
+        "What goes wrong in here is this order's alone."
+        try: yield
+        except ColabGPUError as e: self.failed = e
+
+def run_batch(executor: ImageExecutor, jobs: Sequence[tuple[Mapping[str, Any], RunContext]]) -> list[dict[str, Any] | Exception]:
+    "Run `jobs`; see `ImageExecutor.run_batch`."
+    orders = [Order(payload, ctx) for payload, ctx in jobs]
+    for order in orders:
+        with order.own_errors(): order.source = caller_model(ImagenRequest.parse(order.payload).model, executor.model_id)
+    carry_out(executor, orders)
+    out: list[dict[str, Any] | Exception] = []
+    for order in orders:
+        with order.own_errors(): out.append(hand_over(order))
+        if order.failed is not None: out.append(order.failed)
+    return out
+
+def draw(executor: ImageExecutor, payload: Mapping[str, Any], ctx: RunContext) -> Drawing:
+    "Draw for the worker's owner; see `ImageExecutor.draw`."
+    order = Order(payload, ctx)
+    order.source = owner_model(ImagenRequest.parse(payload).model, executor.model_id)
+    carry_out(executor, [order])
+    if order.failed is not None: raise order.failed
+    assert order.job is not None
+    first, *others = order.job.drawings
+    return replace(first, siblings=tuple(others))
+
+# %% ../nbs/14_images.ipynb #50a54f1c
+def carry_out(executor: ImageExecutor, orders: Sequence[Order]) -> None:
+    "Draw `orders`, model by model; each then has a commission with drawings, or has failed."
+    for location in dict.fromkeys(order.source.location for order in orders if order.source and not order.failed):
+        some = [order for order in orders if order.source and order.source.location == location and not order.failed]
+        source = some[0].source
+        assert source is not None
+        def check(some: Sequence[Order] = some) -> None: _check(some)
+        try:
+            _check(some)
+            with executor.turn(executor.family, executor.shelf.needs(source), check), executor.lock: _with_model(executor, source, some)
+        except ColabGPUError as e:
+            for order in some: order.failed = order.failed or e
+
+def _check(orders: Sequence[Order]) -> None:
+    "Let go of the orders that were canceled; when all were, raise."
+    for order in orders:
+        if order.failed is None:
+            with order.own_errors(): order.ctx.check()
+    if all(order.failed for order in orders): raise orders[0].failed or AssertionError
+
+def _with_model(executor: ImageExecutor, source: ModelSource, orders: Sequence[Order]) -> None:
+    _check(orders)
+    warm, started = executor.shelf.has(source), executor.clock()
+    def say(sentence: str) -> None:
+        for order in orders: order.ctx.log(sentence)
+    if not warm:
+        likely = image_defaults(executor.settings, known_model(source), own=source == find_model(executor.model_id))
+        for order in orders: order.ctx.progress(0, ImagenRequest.parse(order.payload, likely).num_inference_steps, phase="loading")
+    model = executor.shelf.get(source, say)
+    load_ms = 0 if warm else round((executor.clock() - started) * 1000)
+    _check(orders)
+    _in_groups(executor, model, orders)
+    for order in orders:
+        with order.own_errors():
+            order.ctx.check()
+            if order.job is not None and order.failed is None:
+                for drawing in order.job.drawings: drawing.meta["load_ms"] = load_ms
+
+# %% ../nbs/14_images.ipynb #e8e1f20a
+def _in_groups(executor: ImageExecutor, model: LoadedModel, orders: Sequence[Order]) -> None:
+    "Make commissions of `orders`, and draw those of one shape together."
+    own = model.source == find_model(executor.model_id)
+    groups: dict[Any, list[Order]] = {}
+    for order in orders:
+        if order.failed is not None: continue
+        with order.own_errors():
+            request = read_request(order.payload, model, executor.settings, own=own)
+            seed = executor.pick_seed() if request.seed is None else request.seed
+            order.job = Commission(request, order.ctx, seed)
+            open_pictures(order.job)
+            groups.setdefault(shape(request), []).append(order)
+    for group in groups.values():
+        jobs = [order.job for order in group if order.job is not None]
+        try: _paint(executor, model, jobs)
+        except ExecutionError as e:
+            for job in jobs: job.failed = job.failed or e
+        for order, job in zip(group, jobs, strict=True): order.failed = job.failed
+
+def _paint(executor: ImageExecutor, model: LoadedModel, jobs: Sequence[Commission]) -> None:
+    request, settings = jobs[0].request, executor.settings
+    pace = executor.paces.get(model.source.location) or Pace(first_guess(model.device))
+    executor.paces[model.source.location] = pace
+    most, started = min(16, max(len(jobs), pace.size())), executor.clock()
+    adapters = using_loras(model, request.loras, folder=settings["IMAGEN_LORA_FOLDER"], token=settings["HF_TOKEN"])
+    with adapters, using_scheduler(model, request.scheduler), using_clip_skip(model, request.clip_skip):
+        paint(model, jobs, executor.clock, most)
+    if any(isinstance(job.failed, OutOfMemory) for job in jobs): free_memory()
+    sizes = {drawing.meta["batch_size"] for job in jobs for drawing in job.drawings}
+    if len(sizes) == 1 and not any(job.failed for job in jobs) and request.init_image is None:
+        shots, work = sum(len(job.drawings) for job in jobs), request.num_inference_steps * request.width * request.height / 1e6
+        pace.note(min(sizes), (executor.clock() - started) / shots * min(sizes), work)
+
+# %% ../nbs/14_images.ipynb #07310d99
+def hand_over(order: Order) -> dict[str, Any]:
+    "Hand the pictures of an order over as artifacts; its result. Raises how it failed."
+    if order.failed is not None: raise order.failed
+    assert order.job is not None
+    request, drawings, pictures = order.job.request, order.job.drawings, []
+    for k, drawing in enumerate(drawings):
+        name = f"image{'' if k == 0 else f'-{k + 1}'}.{request.output_format}"
+        order.ctx.artifact(name, drawing.file, FORMATS[request.output_format])
+        pictures.append({"artifact": name, "seed": drawing.meta["seed"], "batch_size": drawing.meta["batch_size"],
+                         "batch_index": drawing.meta["batch_index"]})
+    return {**drawings[0].meta, **({"images": pictures} if len(pictures) > 1 else {})}
+
+def batch_size(executor: ImageExecutor) -> int:
+    "See `ImageExecutor.batch_size`."
+    models = list(executor.shelf.loaded.values())
+    if not models: return 1
+    model, pace = models[-1], executor.paces.get(models[-1].source.location)
+    side = known_model(model.source, type(model.pipe).__name__).side
+    return most_at_once(model, ImagenRequest("", width=side, height=side), pace.size() if pace else first_guess(model.device))
+
+def preload(executor: ImageExecutor, source: ModelSource, say: Callable[[str], None]) -> None:
+    "See `ImageExecutor.preload`."
+    with executor.turn(executor.family, executor.shelf.needs(source), lambda: None), executor.lock: executor.shelf.get(source, say)

@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from .errors import IllegalMove, InvalidPayload, RequestError
+from .schedulers import SCHEDULERS, find_scheduler
 
 # %% auto #0
-__all__ = ['STATUSES', 'ENDED', 'MOVES', 'PRIORITIES', 'TOOLS', 'move', 'new_id', 'Job', 'lane', 'lane_parts', 'job_dict',
-           'public_artifact', 'job_json', 'read_number', 'read_text', 'ImagenDefaults', 'ImagenRequest',
-           'refuse_unknown', 'read_fields', 'ChatRequest', 'EmbedRequest', 'JobSpec', 'digest', 'image_submission',
-           'batch_key', 'RunContext', 'Executor', 'BatchExecutor', 'LocalContext']
+__all__ = ['STATUSES', 'ENDED', 'MOVES', 'PRIORITIES', 'MAX_IMAGE_BYTES', 'TOOLS', 'move', 'new_id', 'Job', 'lane', 'lane_parts',
+           'job_dict', 'public_artifact', 'job_json', 'read_number', 'read_text', 'ImagenDefaults', 'Lora',
+           'ImagenRequest', 'refuse_unknown', 'read_loras', 'read_image', 'read_fields', 'ChatRequest', 'EmbedRequest',
+           'JobSpec', 'digest', 'image_submission', 'batch_key', 'RunContext', 'Executor', 'BatchExecutor',
+           'LocalContext']
 
 # %% ../nbs/02_jobs.ipynb #75826349
 STATUSES = ("queued", "leased", "completed", "failed", "canceled")
@@ -203,23 +205,34 @@ def read_text(body: Mapping[str, Any], name: str, *, required: bool = False, mos
 # %% ../nbs/02_jobs.ipynb #d63fac4f
 @dataclass(frozen=True)
 class ImagenDefaults:
-    "What an image job gets when it names nothing; the worker's settings. Steps, pixels."
+    "What an image job gets when it names nothing, and its limits; they depend on the model and the worker's settings. Steps, pixels."
     steps: int = 25
     max_steps: int = 50
     width: int = 512
     height: int = 512
     guidance_scale: float = 7.0
+    min_steps: int = 5
+    max_side: int = 1024
 
+@dataclass(frozen=True)
+class Lora:
+    "A low-rank adapter (Hu et al., 2021): the Hub id, or a name the worker knows, and how strongly it counts, -4…4."
+    id: str
+    weight: float = 1.0
+
+# %% ../nbs/02_jobs.ipynb #b956b0c6
 @dataclass(frozen=True)
 class ImagenRequest:
     """A checked `imagenGenerate` payload.
 
     Parameters
     ----------
-    prompt: what to draw. negative_prompt: what to keep out.
-    guidance_scale: classifier-free guidance, 0…100 (Ho and Salimans, 2022).
-    num_inference_steps: denoising steps. width, height: pixels, multiples of 8.
-    seed: 0…2**63-1, or `None` to have one chosen. model: `None` for the worker's own.
+    prompt: what to draw. negative_prompt: what to keep out. guidance_scale: classifier-free guidance, 0…100 (Ho and Salimans, 2022).
+    num_inference_steps: denoising steps. width, height: pixels, multiples of 8. seed: 0…2**63-1, or `None` to have one chosen; picture k
+    of several gets seed + k. model: `None` for the worker's own. num_images: 1…8. scheduler: a name of `schedulers`, `None` for the model's own.
+    clip_skip: how many of the text encoder's last layers are left out, as Diffusers counts: 1 is AUTOMATIC1111's 2. loras: at most 8.
+    init_image: an encoded picture to start from. strength: how much of it is redrawn, 0.01…1; `None`: 0.8, with a mask 1. mask_image: white is
+    redrawn, black is kept. output_format: png, jpeg, webp. quality: of jpeg and webp, 1…100. preview_interval: steps between previews, 0: none.
     """
     prompt: str
     negative_prompt: str | None = None
@@ -229,8 +242,19 @@ class ImagenRequest:
     height: int = 512
     seed: int | None = None
     model: str | None = None
+    num_images: int = 1
+    scheduler: str | None = None
+    clip_skip: int | None = None
+    loras: tuple[Lora, ...] = ()
+    init_image: bytes | None = field(default=None, repr=False)
+    mask_image: bytes | None = field(default=None, repr=False)
+    strength: float | None = None
+    output_format: str = "png"
+    quality: int = 90
+    preview_interval: int | None = None
 
-    FIELDS = ("prompt", "negative_prompt", "guidance_scale", "num_inference_steps", "width", "height", "seed", "model")
+    FIELDS = ("prompt", "negative_prompt", "guidance_scale", "num_inference_steps", "width", "height", "seed", "model", "num_images", "scheduler",
+              "clip_skip", "loras", "init_image", "mask_image", "strength", "output_format", "quality", "preview_interval")
 
     @classmethod
     def parse(cls, payload: Mapping[str, Any], defaults: ImagenDefaults = ImagenDefaults()) -> ImagenRequest:
@@ -241,15 +265,19 @@ class ImagenRequest:
             prompt=read_text(payload, "prompt", required=True, most=20_000) or "",
             negative_prompt=read_text(payload, "negative_prompt", most=20_000) or None,
             guidance_scale=float(read_number(payload, "guidance_scale", defaults.guidance_scale, low=0, high=100)),
-            num_inference_steps=read_number(payload, "num_inference_steps", defaults.steps, low=min(5, defaults.max_steps),
+            num_inference_steps=read_number(payload, "num_inference_steps", defaults.steps, low=min(defaults.min_steps, defaults.max_steps),
                                             high=defaults.max_steps, whole=True, clamp=True),
-            width=_pixels(payload, "width", defaults.width), height=_pixels(payload, "height", defaults.height),
-            seed=None if seed == -1 else seed, model=read_text(payload, "model", most=500) or None)
+            width=_pixels(payload, "width", defaults.width, defaults.max_side),
+            height=_pixels(payload, "height", defaults.height, defaults.max_side),
+            seed=None if seed == -1 else seed, model=read_text(payload, "model", most=500) or None,
+            **({} if payload.keys() <= _REFERENCE_FIELDS else _finer(payload)))
 
+# %% ../nbs/02_jobs.ipynb #e3370fb1
 _IMAGEN_FIELDS = frozenset(ImagenRequest.FIELDS)
+_REFERENCE_FIELDS = frozenset(ImagenRequest.FIELDS[:8])
 
-def _pixels(payload: Mapping[str, Any], name: str, default: int) -> int:
-    return int(read_number(payload, name, default, low=256, high=1024, whole=True, clamp=True)) // 8 * 8
+def _pixels(payload: Mapping[str, Any], name: str, default: int, most: int) -> int:
+    return int(read_number(payload, name, default, low=256, high=most, whole=True, clamp=True)) // 8 * 8
 
 def refuse_unknown(payload: Mapping[str, Any], known: Sequence[str]) -> None:
     "Raise `InvalidPayload` for the first field that isn't `known`, with a near name if there is one."
@@ -259,6 +287,68 @@ def refuse_unknown(payload: Mapping[str, Any], known: Sequence[str]) -> None:
             near = get_close_matches(name, known, n=1) or [k for k in known if len(name) > 3 and name in k]
             hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}."
             raise InvalidPayload(f"There is no field {_shown(name)} here; {hint}", field=str(name)[:100])
+
+# %% ../nbs/02_jobs.ipynb #b4c20d18
+def _finer(payload: Mapping[str, Any]) -> dict[str, Any]:
+    "The fields of an image job that the reference does not have."
+    init, mask = (read_image(payload, name) for name in ("init_image", "mask_image"))
+    strength = read_number(payload, "strength", None, low=0.01, high=1)
+    for name, given in (("mask_image", mask), ("strength", strength)):
+        if given is not None and init is None:
+            raise InvalidPayload(f"`{name}` needs an `init_image`: the picture that is to be changed.", field=name)
+    return {"num_images": read_number(payload, "num_images", 1, low=1, high=8, whole=True), "scheduler": _scheduler(payload),
+            "clip_skip": read_number(payload, "clip_skip", 0, low=0, high=12, whole=True) or None, "loras": read_loras(payload),
+            "init_image": init, "mask_image": mask, "strength": None if strength is None else float(strength),
+            "output_format": _format(payload), "quality": read_number(payload, "quality", 90, low=1, high=100, whole=True),
+            "preview_interval": read_number(payload, "preview_interval", None, low=0, high=1000, whole=True)}
+
+def _scheduler(payload: Mapping[str, Any]) -> str | None:
+    name = read_text(payload, "scheduler", most=100)
+    if not name: return None
+    found = find_scheduler(name)
+    if found: return found.name
+    from difflib import get_close_matches
+    near = get_close_matches(name.lower(), SCHEDULERS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(SCHEDULERS)}."
+    raise InvalidPayload(f"There is no scheduler {_shown(name)}; {hint}", field="scheduler")
+
+def _format(payload: Mapping[str, Any]) -> str:
+    name = (read_text(payload, "output_format", most=20) or "png").lower().lstrip(".")
+    name = {"jpg": "jpeg"}.get(name, name)
+    if name in ("png", "jpeg", "webp"): return name
+    raise InvalidPayload(f"`output_format` must be png, jpeg or webp, not {_shown(name)}.", field="output_format")
+
+# %% ../nbs/02_jobs.ipynb #324e20c8
+def read_loras(body: Mapping[str, Any], name: str = "loras") -> tuple[Lora, ...]:
+    "The adapters in `body[name]`. Raises `InvalidPayload`."
+    rows = body.get(name)
+    if rows is None: return ()
+    if not isinstance(rows, list) or len(rows) > 8 or not all(isinstance(row, dict | str) for row in rows):
+        raise InvalidPayload(f"`{name}` must be a list of at most 8, such as [{{\"id\": \"me/pixel-art\", \"weight\": 0.8}}].", field=name)
+    found = []
+    for row in [{"id": row} if isinstance(row, str) else row for row in rows]:
+        refuse_unknown(row, ("id", "weight"))
+        found.append(Lora((read_text(row, "id", required=True, most=300) or "").strip(), float(read_number(row, "weight", 1.0, low=-4, high=4))))
+    return tuple(found)
+
+# %% ../nbs/02_jobs.ipynb #3402a09e
+MAX_IMAGE_BYTES = 16 << 20
+_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
+
+def read_image(body: Mapping[str, Any], name: str) -> bytes | None:
+    "The encoded PNG, JPEG or WebP in `body[name]`; `None` when absent. Raises `InvalidPayload`."
+    text = body.get(name)
+    if text is None or text == "": return None
+    refusal = InvalidPayload(f"`{name}` must be a PNG, JPEG or WebP picture in base64, or a data URL of one.", field=name)
+    if not isinstance(text, str): raise refusal
+    if len(text) > MAX_IMAGE_BYTES * 4 // 3 + 1000:
+        raise InvalidPayload(f"`{name}` may have {MAX_IMAGE_BYTES >> 20} MiB: send a smaller picture.", field=name)
+    head, comma, data = text.partition(",")
+    if comma and not (head.startswith("data:") and head.endswith(";base64")): raise refusal
+    try: picture = base64.b64decode("".join((data if comma else head).split()), validate=True)
+    except ValueError: raise refusal from None
+    if not picture.startswith(_MAGIC): raise refusal
+    return picture
 
 # %% ../nbs/02_jobs.ipynb #84b4039b
 _Reader = Callable[[Any, str], Any]
@@ -492,10 +582,11 @@ def image_submission(body: Any) -> dict[str, Any]:
 # %% ../nbs/02_jobs.ipynb #0c89575a
 def batch_key(job: Job) -> str | None:
     "What jobs must share to run in one call: all of the payload that shapes the batch."
-    if job.tool != "imagenGenerate": return None
+    if job.tool != "imagenGenerate" or '"init_image"' in job.payload_json: return None
     p = job.payload
-    return digest([job.tool, {k: v for k, v in p.items() if k not in ("prompt", "negative_prompt", "seed")},
-                   bool(p.get("negative_prompt"))])
+    return digest([job.tool, {k: v for k, v in p.items() if k not in _OWN}, bool(p.get("negative_prompt"))])
+
+_OWN = frozenset({"prompt", "negative_prompt", "seed", "output_format", "quality", "preview_interval"})
 
 # %% ../nbs/02_jobs.ipynb #1b9fc797
 class RunContext(Protocol):

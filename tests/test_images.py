@@ -23,8 +23,10 @@ from colab_gpu import images
 from colab_gpu.config import Settings
 from colab_gpu.errors import (ExecutionError, Interrupted, InvalidInput, InvalidPayload, InvalidSetting, OutOfMemory,
                               Transient)
-from colab_gpu.images import ImageExecutor, find_model, load_pipeline, tiny_pipeline, translated
+from colab_gpu.images import ImageExecutor
 from colab_gpu.jobs import LocalContext
+from colab_gpu.models import find_model
+from colab_gpu.pipelines import LOAD_ERRORS, load_pipeline, tiny_pipeline, translated
 
 ROOT = Path(images.__file__).parents[1]
 BUNDLED = ROOT / "colab_gpu" / "demo_model"
@@ -116,7 +118,7 @@ def test_the_result_has_the_names_of_the_reference_and_is_json(artist):
     ctx = LocalContext()
     result = artist.run({"prompt": "x", "seed": 3, **SMALL}, ctx)
     assert set(result) == {"model", "prompt", "negative_prompt", "guidance_scale", "num_inference_steps", "width", "height",
-                           "seed", "duration_ms", "device", "load_ms"}
+                           "seed", "duration_ms", "device", "load_ms", "scheduler", "batch_size", "batch_index"}
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert list(ctx.artifacts) == ["image.png"] and ctx.artifacts["image.png"][1] == "image/png"
     assert result["device"] == "cpu" and result["duration_ms"] > 0
@@ -207,7 +209,7 @@ def test_a_job_canceled_before_it_begins_loads_nothing(tiny):
 def test_offloaded_parts_go_back_when_a_run_is_stopped(tiny):
     artist, freed = executor(tiny), []
     artist.preload()
-    pipe = next(iter(artist._shelf._loaded.values())).pipe
+    pipe = next(iter(artist.shelf.loaded.values())).pipe
     whole = pipe.maybe_free_model_hooks
     pipe.maybe_free_model_hooks = lambda: (freed.append(1), whole())
     with pytest.raises(Interrupted): artist.run({"prompt": "x", **SMALL}, stop_at(2))
@@ -274,7 +276,7 @@ def test_a_pipeline_without_callback_on_step_end_reports_and_stops_too(tiny, tmp
 def test_a_pipeline_that_calls_nobody_back_still_draws(tiny, monkeypatch):
     artist, ctx = executor(tiny), LocalContext()
     artist.preload()
-    kind = type(next(iter(artist._shelf._loaded.values())).pipe)
+    kind = type(next(iter(artist.shelf.loaded.values())).pipe)
     whole = kind.__call__
 
     def mute(self, prompt, height=None, width=None, num_inference_steps=50, generator=None, output_type="pil"):
@@ -361,7 +363,7 @@ def test_a_device_that_is_not_here_is_a_wrong_setting(tiny):
 def test_what_the_pipeline_itself_refuses_is_final(tiny, monkeypatch):
     artist = executor(tiny)
     artist.preload()
-    pipe = next(iter(artist._shelf._loaded.values())).pipe
+    pipe = next(iter(artist.shelf.loaded.values())).pipe
     monkeypatch.setattr(pipe, "check_inputs", lambda *args: (_ for _ in ()).throw(ValueError("`height` must be divisible by 16\nadvice")))
     with pytest.raises(InvalidInput) as e: artist.draw("x")
     assert str(e.value) == "tiny refuses this request (ValueError: `height` must be divisible by 16)."
@@ -371,12 +373,12 @@ def test_what_the_pipeline_itself_refuses_is_final(tiny, monkeypatch):
 
 def test_a_second_model_pushes_out_the_first_and_unload_the_last(tiny, tmp_path):
     second = remade(tiny, tmp_path / "second", lambda pipe: None)
-    artist = executor(tiny)
+    artist = executor(tiny, keep=1)
     artist.preload()
-    first_pipe = weakref.ref(next(iter(artist._shelf._loaded.values())).pipe)
+    first_pipe = weakref.ref(next(iter(artist.shelf.loaded.values())).pipe)
     artist.preload(str(second))
     assert artist.models() == ["second"] and first_pipe() is None
-    second_pipe = weakref.ref(next(iter(artist._shelf._loaded.values())).pipe)
+    second_pipe = weakref.ref(next(iter(artist.shelf.loaded.values())).pipe)
     artist.unload()
     assert artist.models() == [] and second_pipe() is None
     assert artist.draw("x", **SMALL).meta["model"] == "tiny"
@@ -449,7 +451,7 @@ def test_drawing_is_quiet(tiny):
 
 @pytest.mark.slow
 def test_builders_that_race_leave_one_whole_folder(tmp_path):
-    code = f"from colab_gpu.images import tiny_pipeline; tiny_pipeline({str(tmp_path / 'shared')!r})"
+    code = f"from colab_gpu.pipelines import tiny_pipeline; tiny_pipeline({str(tmp_path / 'shared')!r})"
     with ThreadPoolExecutor(3) as pool: done = list(pool.map(child, [code] * 3))
     assert [d.returncode for d in done] == [0, 0, 0], done
     assert [p.name for p in tmp_path.iterdir()] == ["shared"]
@@ -515,5 +517,5 @@ def test_a_hub_that_cannot_be_reached_may_be_reached_later(tmp_path):
 
 
 def test_errors_are_of_our_tree():
-    assert all(issubclass(kind, ExecutionError) for _, kind, _ in images.LOAD_ERRORS)
+    assert all(issubclass(kind, ExecutionError) for _, kind, _ in LOAD_ERRORS)
     assert OutOfMemory.kind == "oom"

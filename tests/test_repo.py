@@ -29,6 +29,8 @@ MUST_NOT_KNOW = {
     "postgres": {"broker", "httpd"}, "broker": {"httpd", "sqlite3", "psycopg"}, "archive": {"broker", "store"},
     "httpd": {"config", "jobs", "store", "broker", "archive"}, "server": {"sqlite3", "psycopg"}, "openai_api": {"sqlite3", "psycopg"},
     "ollama_api": {"sqlite3", "psycopg"}, "sdapi": {"sqlite3", "psycopg"}, "gpu": {"jobs"}, "images": {"httpd", "server", "client"},
+    "schedulers": {"*"}, "pictures": {"httpd", "server", "client"}, "models": {"httpd", "server", "client", "torch", "diffusers"},
+    "pipelines": {"httpd", "server", "client", "jobs"}, "painting": {"httpd", "server", "client", "config"},
     "daemon": {"jobs", "httpd", "server"}, "chat": {"httpd", "server"}, "tunnel": {"jobs"}, "panel": {"httpd", "store", "sqlite3"}, "mcp_server": {"server", "broker", "store"},
     "cli": {"broker", "store"},
 }
@@ -38,8 +40,8 @@ OUT_OF_REACH = {
     "client": {"server", "store", "broker", "httpd", "worker"}, "images": {"server", "worker"}, "daemon": {"server", "worker"}, "chat": {"server", "worker"},
 }
 # Third-party names live in one room each (`cli`: what `colab-gpu doctor` looks at).
-HOMES = {"torch": {"images", "gpu", "cli"}, "diffusers": {"images", "cli"}, "transformers": {"images"}, "accelerate": {"images"},
-         "safetensors": {"images"}, "tokenizers": {"images"}, "PIL": {"images"}, "numpy": {"images"}, "requests": {"client"},
+HOMES = {"torch": {"pipelines", "gpu", "cli"}, "diffusers": {"pipelines", "cli"}, "transformers": {"pipelines"}, "accelerate": {"pipelines"},
+         "safetensors": {"pipelines"}, "tokenizers": {"pipelines"}, "PIL": {"pictures", "painting"}, "numpy": {"painting"}, "requests": {"client"},
          "google": {"config"}, "ollama": {"chat"}, "httpx": {"chat"}, "ipywidgets": {"panel"}, "IPython": {"panel"}, "pyngrok": {"tunnel"},
          "psycopg": {"postgres"}, "mcp": {"mcp_server"}, "fsspec": {"archive"}}
 # What merely importing a room may load; everything else is loaded when it is first used.
