@@ -669,7 +669,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'colab_gpu.models.ModelSource': ('models.html#modelsource', 'colab_gpu/models.py'),
                                   'colab_gpu.models._demo': ('models.html#_demo', 'colab_gpu/models.py'),
                                   'colab_gpu.models._set': ('models.html#_set', 'colab_gpu/models.py'),
-                                  'colab_gpu.models.cache_folder': ('models.html#cache_folder', 'colab_gpu/models.py'),
                                   'colab_gpu.models.caller_model': ('models.html#caller_model', 'colab_gpu/models.py'),
                                   'colab_gpu.models.find_model': ('models.html#find_model', 'colab_gpu/models.py'),
                                   'colab_gpu.models.image_defaults': ('models.html#image_defaults', 'colab_gpu/models.py'),

@@ -313,9 +313,8 @@ def cmd_demo(args: argparse.Namespace) -> int:
     return 0
 
 def _submit_demo(args: argparse.Namespace, url: str, token: str) -> RemoteJob:
-    payload = {"width": 256, "height": 256, **image_payload(args)}
     say(f"prompt: {args.prompt}")
-    return Client(url, token).submit("imagenGenerate", payload)
+    return Client(url, token).submit("imagenGenerate", image_payload(args))
 
 def _say_times(job: RemoteJob, server_s: float, total_s: float) -> None:
     result = job.result

@@ -4,7 +4,7 @@
 
 # %% ../nbs/13b_models.ipynb #d4f1bf38
 from __future__ import annotations
-import importlib.resources, os, re
+import importlib.resources, re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,10 @@ from .errors import InvalidInput
 from .jobs import ImagenDefaults
 
 # %% auto #0
-__all__ = ['RANDOM_DEMO', 'RENAMED', 'HUB_ID', 'KNOWN', 'FAMILIES', 'ModelSource', 'find_model', 'cache_folder', 'owner_model',
-           'caller_model', 'KnownModel', 'known_model', 'image_defaults']
+__all__ = ['RENAMED', 'HUB_ID', 'KNOWN', 'FAMILIES', 'ModelSource', 'find_model', 'owner_model', 'caller_model', 'KnownModel',
+           'known_model', 'image_defaults']
 
 # %% ../nbs/13b_models.ipynb #ca34080d
-RANDOM_DEMO = "demo (random weights)"
 RENAMED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -44,12 +43,7 @@ def find_model(model_id: str) -> ModelSource:
 def _demo() -> ModelSource:
     bundled = Path(str(importlib.resources.files("colab_gpu"))) / "demo_model"
     if (bundled / "model_index.json").is_file(): return ModelSource("demo", str(bundled), True)
-    return ModelSource(RANDOM_DEMO, str(cache_folder() / "tiny-1"), True)
-
-def cache_folder(environ: Mapping[str, str] | None = None) -> Path:
-    "The folder for what can be made again: `$XDG_CACHE_HOME/colab-gpu`, else `~/.cache/colab-gpu`."
-    base = (os.environ if environ is None else environ).get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "colab-gpu"
+    raise InvalidInput("The demo model is missing from this installation of colab-gpu: install it again.", field="model")
 
 # %% ../nbs/13b_models.ipynb #d8f674e2
 def owner_model(asked: str | None, own: str) -> ModelSource:
@@ -79,7 +73,7 @@ _SD1, _SDXL = KnownModel(25, 7.0, 512, gib=2.6), KnownModel(30, 5.0, 1024, max_s
 _SD3, _FLUX = KnownModel(28, 7.0, 1024, max_side=2048, gib=15), KnownModel(28, 3.5, 1024, max_side=2048, gib=32)
 _ZIMAGE = KnownModel(8, 0.0, 1024, 1, 2048, 20)
 KNOWN: dict[str, KnownModel] = {
-    "demo": KnownModel(25, 7.0, 256),
+    "demo": KnownModel(25, 3.0, 256),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _SD1,
     "SimianLuo/LCM_Dreamshaper_v7": KnownModel(4, 8.0, 768, 1, 1024, 2.6),
     "stabilityai/sd-turbo": KnownModel(4, 0.0, 512, 1, 1024, 2.6),
@@ -101,7 +95,7 @@ FAMILIES: tuple[tuple[str, KnownModel], ...] = (
 
 def known_model(source: ModelSource, family: str = "") -> KnownModel:
     "What the model at `source` wants, whose pipeline's class is `family`, if that is known yet."
-    name = "demo" if source.name == RANDOM_DEMO else source.name
+    name = source.name
     by_id = {key.lower(): row for key, row in KNOWN.items()}
     if name.lower() in by_id and (name == "demo" or not source.local): return by_id[name.lower()]
     return next((row for prefix, row in FAMILIES if family.startswith(prefix)), _SD1)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from .errors import ColabGPUError, ExecutionError, InvalidInput, InvalidSetting, OutOfMemory, Transient
-from .models import RANDOM_DEMO, ModelSource
+from .models import ModelSource
 
 # %% auto #0
 __all__ = ['BF16_FAMILIES', 'NEVER_FP16', 'LOAD_ERRORS', 'FILE_FAMILIES', 'library', 'first_line', 'hush', 'tiny_pipeline',
@@ -204,7 +204,6 @@ def load_pipeline(source: ModelSource, *, device: str, dtype: str | None = None,
     torch, diffusers = library("torch"), library("diffusers")
     hush()
     with translated(lambda e: load_error(e, source, secret=token)):
-        if source.name == RANDOM_DEMO: tiny_pipeline(source.location)
         wanted = getattr(torch, dtype or pick_dtype(device, family_of(source, token) if device.startswith("cuda") else ""))
         options: dict[str, Any] = {dtype_argument(diffusers.__version__): wanted, "token": token or None}
         if not source.local: options["use_safetensors"] = True

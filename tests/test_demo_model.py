@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 from demo_captions import describe, elements, vocabulary
 from demo_judge import components, judge_shapes, see_scene, see_shapes, share
 from demo_scenes import PALETTE, SHAPES, is_held_out, render, sample
-from score_demo_model import judge, prompts, tally
+from score_demo_model import judge, prompts, tally, visibly_apart
 
 # ---- the generator and the judge, which need no model ----------------------------------------------------------------
 
@@ -83,6 +83,16 @@ def test_the_judge_sees_nothing_in_noise_or_a_flat_ground() -> None:
     assert judge_shapes(flat, asked) == {"ground": True, "color": False, "shape": False, "place": False}
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3)).astype(np.uint8)
     assert not judge_shapes(noise, asked)["shape"]
+
+
+def test_pictures_are_apart_when_a_person_would_say_so() -> None:
+    flat = np.full((256, 256, 3), PALETTE["blue"], np.uint8)
+    one, other, nudged = flat.copy(), flat.copy(), flat.copy()
+    one[100:120, 100:120] = other[112:132, 100:120] = nudged[100:120, 101:121] = PALETTE["red"]
+    assert visibly_apart(one, other)
+    assert not visibly_apart(one, nudged)
+    assert not visibly_apart(one, one)
+    assert not visibly_apart(flat, flat)
 
 
 def test_components_are_found_across_rows() -> None:

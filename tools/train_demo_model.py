@@ -137,7 +137,12 @@ def new_scheduler() -> DDIMScheduler:
 
 
 def new_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Write a CLIP tokenizer into `folder`, in which every caption word is one token, and load it."""
+    """Write a CLIP tokenizer into `folder`, unless one is there, in which every caption word is one token, and load it.
+
+    Only the seed of a hash decides the numbers of a dozen rare word endings, so a run must keep the tokenizer that it began with.
+    """
+    if (folder / "merges.txt").exists():
+        return CLIPTokenizer.from_pretrained(folder)
     folder.mkdir(parents=True, exist_ok=True)
     letters = list(pre_tokenizers.ByteLevel.alphabet())
     ends = ["<|startoftext|>", "<|endoftext|>"]
