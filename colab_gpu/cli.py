@@ -396,6 +396,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_running(add)
     _add_jobs(add)
     _add_images(add)
+    _add_chat(add)
     add("settings", cmd_settings, "Show every setting and where its value comes from", server=False)
     add("doctor", cmd_doctor, "Say what is missing on this machine, and what mends it")
     return parser
