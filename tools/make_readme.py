@@ -68,7 +68,8 @@ def output_text(output: dict[str, Any], name: str, pictures: dict[str, bytes]) -
         if kind in data:
             body = "".join(data[kind])
             pictures[f"docs/{name}.{suffix}"] = body.encode() if suffix == "svg" else base64.b64decode(body)
-            return f"![{cell(''.join(data.get('text/plain', ['picture'])))}](docs/{name}.{suffix})"
+            said = cell("".join(data.get("text/plain", [])))
+            return f"![{said if said and not said.startswith('<') else 'what this draws'}](docs/{name}.{suffix})"
     if "text/markdown" in data:
         return "".join(data["text/markdown"]).strip()
     text = "".join(output.get("text", data.get("text/plain", [])))
