@@ -174,9 +174,10 @@ def load_error(error: Exception, source: ModelSource, *, secret: str = "") -> Ex
     return kind(f"{source.name} cannot be loaded: {why}.")
 
 def out_of_memory(error: BaseException) -> bool:
-    "Whether memory ran out. torch has a class for that on CUDA; the CPU and MPS raise RuntimeError with a sentence."
-    return any(isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "out of memory" in str(e)
-               or "can't allocate memory" in str(e) for e in chain(error))
+    "Whether memory ran out. torch has a class for that on CUDA; the CPU and MPS raise RuntimeError with a sentence (oneDNN's is the last)."
+    said = ("out of memory", "can't allocate memory", "could not create a primitive")
+    return any(isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError"
+               or (any(words in str(e) for words in said) and "descriptor" not in str(e)) for e in chain(error))
 
 # %% ../nbs/13c_pipelines.ipynb #962d37e8
 @contextlib.contextmanager

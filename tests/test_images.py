@@ -26,7 +26,7 @@ from colab_gpu.errors import (ExecutionError, Interrupted, InvalidInput, Invalid
 from colab_gpu.images import ImageExecutor
 from colab_gpu.jobs import LocalContext
 from colab_gpu.models import find_model
-from colab_gpu.pipelines import LOAD_ERRORS, load_pipeline, tiny_pipeline, translated
+from colab_gpu.pipelines import LOAD_ERRORS, load_pipeline, out_of_memory, tiny_pipeline, translated
 
 ROOT = Path(images.__file__).parents[1]
 BUNDLED = ROOT / "colab_gpu" / "demo_model"
@@ -396,6 +396,11 @@ def test_who_keeps_the_error_keeps_no_tensors():
         with translated(lambda e: Transient(str(e))): fail()
     except Transient as e: kept = e
     assert kept is not None and held[0]() is None
+
+
+def test_what_onednn_says_when_memory_runs_out_counts():
+    assert out_of_memory(RuntimeError("could not create a primitive"))
+    assert not out_of_memory(RuntimeError("could not create a primitive descriptor for a convolution"))
 
 
 def test_out_of_memory_says_what_would_fit_and_the_next_job_runs(tiny):

@@ -69,7 +69,7 @@ def output_text(output: dict[str, Any], name: str, pictures: dict[str, bytes]) -
             body = "".join(data[kind])
             pictures[f"docs/{name}.{suffix}"] = body.encode() if suffix == "svg" else base64.b64decode(body)
             said = cell("".join(data.get("text/plain", [])))
-            return f"![{said if said and not said.startswith('<') else 'what this draws'}](docs/{name}.{suffix})"
+            return f"![{said if said and not said.startswith('<PIL.') else 'what this draws'}](docs/{name}.{suffix})"
     if "text/markdown" in data:
         return "".join(data["text/markdown"]).strip()
     text = "".join(output.get("text", data.get("text/plain", [])))
