@@ -711,7 +711,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--decoder-lr", type=float, default=1.5e-3)
     p.add_argument("--words-steps", type=int, default=800)
     p.add_argument("--words-lr", type=float, default=1e-3)
-    p.add_argument("--steps", type=int, default=7000)
+    p.add_argument("--steps", type=int, default=9500)
     p.add_argument("--small-steps", type=int, default=1900, help="of the steps, how many first see pictures of half the size")
     p.add_argument("--batch", type=int, default=32, help="pictures a step; twice as many at half the size")
     p.add_argument("--lr", type=float, default=1e-3)
