@@ -246,17 +246,19 @@ def canceled_with_us(client: Client, job: RemoteJob) -> Iterator[None]:
 # %% ../nbs/20_cli.ipynb #98f6b0cc
 def executors_here(settings: Settings) -> list[Any]:
     "An executor for each tool whose packages are installed."
+    from colab_gpu.gpu import Arbiter, find_device
     found: list[Any] = []
+    arbiter = Arbiter(find_device(), say=lambda line: print(line, flush=True))
     if find_spec("colab_gpu.images") and all(find_spec(name) for name in ("torch", "diffusers", "transformers", "PIL")):
         from colab_gpu.images import ImageExecutor
-        found.append(ImageExecutor(settings=settings))
-    return found + chat_executors(settings)
+        found.append(ImageExecutor(settings=settings, arbiter=None if settings["IMAGEN_DEVICE"] == "cpu" else arbiter))
+    return found + chat_executors(settings, arbiter)
 
-def chat_executors(settings: Settings) -> list[Any]:
+def chat_executors(settings: Settings, arbiter: Any = None) -> list[Any]:
     "The executors of chat and embeddings, when the package `ollama` is here and an Ollama answers, or can be started."
     if not (find_spec("colab_gpu.chat") and find_spec("ollama")): return []
     from colab_gpu.chat import ChatExecutor, EmbedExecutor, Ollama
-    ollama = Ollama(settings, say=lambda line: print(line, flush=True))
+    ollama = Ollama(settings, arbiter=arbiter, say=lambda line: print(line, flush=True))
     why = ollama.daemon.obstacle()
     if why is None: return [ChatExecutor(ollama=ollama), EmbedExecutor(ollama=ollama)]
     say(f"[ollama] No chat jobs here: {why}")
@@ -269,13 +271,15 @@ def preload_chat(executors: Sequence[Any], settings: Settings) -> None:
             try: executor.preload()
             except ColabGPUError as e: print(f"[ollama] {e.message}", flush=True)
 
+# %% ../nbs/20_cli.ipynb #5c1e77a1
 NEEDS_IMAGES = 'Drawing needs more packages: pip install "colab-gpu[images]"'
 NEEDS_CHAT = 'Chatting needs Ollama (https://ollama.com/download) and a package: pip install "colab-gpu[chat]"'
 
 def cmd_worker(args: argparse.Namespace) -> int:
     from colab_gpu.worker import Worker, run_until_interrupted
     settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id, WORKER_MAX_BATCH=args.max_batch)
-    worker = Worker(executors_here(settings), settings, log=lambda text: print(text, flush=True))
+    from colab_gpu.gpu import accelerator_info, find_device
+    worker = Worker(executors_here(settings), settings, log=lambda text: print(text, flush=True), info=accelerator_info(find_device()))
     if not worker.tools: raise ExecutionError(f"This machine has none of the tools. {NEEDS_IMAGES}. {NEEDS_CHAT}")
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what we started ends
     try:
