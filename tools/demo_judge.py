@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw
 
 BINS = 60  # directions in a contour's profile
 NAMES = tuple(PALETTE)
+#: Mean squared distance of contours above which a region is none of the shapes.
+FAR = 0.02
 #: Share of the picture below which a region is taken for a speck.
 SPECK = 0.004
 
@@ -120,7 +122,9 @@ def ideals() -> list[tuple[str, np.ndarray]]:
 def shape_of(mask: np.ndarray) -> str:
     """Return the class of the shape that a region has."""
     whole = filled(mask)
-    best = min(ideals(), key=lambda known: float(((known[1] - profile(whole)) ** 2).mean()))[0]
+    best, gap = min(((name, float(((known - profile(whole)) ** 2).mean())) for name, known in ideals()), key=lambda found: found[1])
+    if gap > FAR:
+        return "other"
     hole = 1 - mask.sum() / whole.sum()
     return "ring" if best == "circle" and hole > 0.12 else best
 
@@ -177,7 +181,7 @@ def _stands(a: tuple[float, float], b: tuple[float, float], relation: str) -> bo
 
 def _sized(region: dict[str, Any], size: str) -> bool:
     """Compare the area with what lies midway between small, medium and large shapes (rings and stars have less ink)."""
-    full = {"circle": 3.14, "ring": 2.08, "square": 2.96, "triangle": 1.57, "star": 1.6, "heart": 1.9}[region["shape"]]
+    full = {"circle": 3.14, "ring": 2.08, "square": 2.96, "triangle": 1.57, "star": 1.6, "heart": 1.9}.get(region["shape"], 2.0)
     radius = math.sqrt(region["share"] / full)
     return radius < 0.15 if size == "small" else radius > 0.24
 
@@ -207,7 +211,10 @@ def see_scene(pixels: np.ndarray) -> set[str]:
     found |= {"sun"} if any(_is_disc(m) for m in parts["sun"]) else set()
     found |= _night_lights(pixels, parts["pale"]) if time == "night" else set()
     found |= {"house"} if _stacked(parts["roof"], 0.004, parts["pale"], 0.006) else set()
-    found |= {"boat"} if _stacked(parts["pale"], 0.002, parts["wood"], 0.0025) else set()
+    # A house has pale above wood too, its wall above its door: what stands close under a roof is no sail.
+    sails = [m for m in parts["pale"] if not _stacked(parts["roof"], 0.004, [m], 0.0)]
+    hulls = [m for m in parts["wood"] if np.ptp(np.nonzero(m)[1]) > np.ptp(np.nonzero(m)[0])]
+    found |= {"boat"} if _stacked(sails, 0.002, hulls, 0.0025) else set()
     return found
 
 
