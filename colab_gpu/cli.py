@@ -13,6 +13,7 @@ from typing import Any
 from . import __version__
 from .client import Chat, Client, Event, RemoteJob, Transport
 from .config import SETTINGS, Settings
+from .gpu import Arbiter, Device, accelerator_info, find_device
 from .errors import ColabGPUError, ConnectionFailed, ExecutionError, InvalidPayload, InvalidSetting
 
 # %% auto #0
@@ -244,11 +245,10 @@ def canceled_with_us(client: Client, job: RemoteJob) -> Iterator[None]:
         raise
 
 # %% ../nbs/20_cli.ipynb #98f6b0cc
-def executors_here(settings: Settings) -> list[Any]:
-    "An executor for each tool whose packages are installed."
-    from colab_gpu.gpu import Arbiter, find_device
+def executors_here(settings: Settings, device: Device) -> list[Any]:
+    "An executor for each tool whose packages are installed; they take turns on `device`."
     found: list[Any] = []
-    arbiter = Arbiter(find_device(), say=lambda line: print(line, flush=True))
+    arbiter = Arbiter(device, say=lambda line: print(line, flush=True))
     if find_spec("colab_gpu.images") and all(find_spec(name) for name in ("torch", "diffusers", "transformers", "PIL")):
         from colab_gpu.images import ImageExecutor
         found.append(ImageExecutor(settings=settings, arbiter=None if settings["IMAGEN_DEVICE"] == "cpu" else arbiter))
@@ -278,8 +278,8 @@ NEEDS_CHAT = 'Chatting needs Ollama (https://ollama.com/download) and a package:
 def cmd_worker(args: argparse.Namespace) -> int:
     from colab_gpu.worker import Worker, run_until_interrupted
     settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id, WORKER_MAX_BATCH=args.max_batch)
-    from colab_gpu.gpu import accelerator_info, find_device
-    worker = Worker(executors_here(settings), settings, log=lambda text: print(text, flush=True), info=accelerator_info(find_device()))
+    device = find_device()
+    worker = Worker(executors_here(settings, device), settings, log=lambda text: print(text, flush=True), info=accelerator_info(device))
     if not worker.tools: raise ExecutionError(f"This machine has none of the tools. {NEEDS_IMAGES}. {NEEDS_CHAT}")
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what we started ends
     try:
@@ -302,7 +302,7 @@ def cmd_demo(args: argparse.Namespace) -> int:
         token = os.urandom(16).hex()
         own = {"GPU_WORKER_TOKEN": token, "STACK_WORKER_TOKEN": token, "GPU_CLIENT_TOKEN": os.urandom(16).hex(), "COLAB_GPU_DATA": data,
                "IMAGEN_MODEL_ID": args.model or "demo", "WORKER_ID": "demo-worker"}
-        executors = [executor for executor in executors_here(_settings(args, **own)) if executor.tool == "imagenGenerate"]
+        executors = [executor for executor in executors_here(_settings(args, **own), find_device()) if executor.tool == "imagenGenerate"]
         if not executors: raise ExecutionError(NEEDS_IMAGES)
         with QueueServer(own) as server:
             served = time.perf_counter()

@@ -95,9 +95,8 @@ FAMILIES: tuple[tuple[str, KnownModel], ...] = (
 
 def known_model(source: ModelSource, family: str = "") -> KnownModel:
     "What the model at `source` wants, whose pipeline's class is `family`, if that is known yet."
-    name = source.name
-    by_id = {key.lower(): row for key, row in KNOWN.items()}
-    if name.lower() in by_id and (name == "demo" or not source.local): return by_id[name.lower()]
+    name, by_id = source.name.lower(), {key.lower(): row for key, row in KNOWN.items()}
+    if name in by_id and (source.name == "demo" or not source.local): return by_id[name]
     return next((row for prefix, row in FAMILIES if family.startswith(prefix)), _SD1)
 
 # %% ../nbs/13b_models.ipynb #3234cd5e

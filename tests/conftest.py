@@ -118,3 +118,22 @@ def work(processes):
         return processes(sys.executable, ROOT / "tests" / "sleepy_worker.py", name, PYTHONPATH=ROOT, **settings)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def one_thread():
+    "Pictures this small gain nothing from a second thread, and on a busy machine two that wait for each other cost tenfold."
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    "A pipeline with random weights."
+    from colab_gpu.pipelines import tiny_pipeline
+
+    return tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny")

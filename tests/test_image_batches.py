@@ -18,23 +18,12 @@ from colab_gpu.errors import ExecutionError, Interrupted, InvalidInput, InvalidP
 from colab_gpu.images import ImageExecutor
 from colab_gpu.jobs import ImagenRequest, LocalContext
 from colab_gpu.pictures import replay_payload
-from colab_gpu.pipelines import tiny_pipeline
 from colab_gpu.schedulers import SCHEDULERS
 
 SMALL = {"width": 256, "height": 256, "num_inference_steps": 5}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,7 @@ from colab_gpu.pipelines import held_bytes, load_pipeline, tiny_pipeline, weight
 SMALL = {"width": 256, "height": 256, "num_inference_steps": 5}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -33,18 +33,7 @@ BUNDLED = ROOT / "colab_gpu" / "demo_model"
 SMALL = {"width": 256, "height": 256, "num_inference_steps": 5}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    "Pictures this small gain nothing from a second thread, and on a busy machine two that wait for each other cost tenfold."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    return tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session", params=["tiny", pytest.param("demo", marks=pytest.mark.skipif(
