@@ -137,7 +137,7 @@ def test_training_resumes_where_it_stopped(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     import train_demo_model as train
 
-    args = argparse.Namespace(run=tmp_path, seed=0, words_steps=1, words_lr=1e-3, steps=10, lr=1e-3, ema=0.9, threads=1)
+    args = argparse.Namespace(run=tmp_path, start=None, seed=0, words_steps=1, words_lr=1e-3, steps=10, lr=1e-3, ema=0.9, threads=1)
     tokenizer, device = train.new_tokenizer(tmp_path / "tokenizer"), torch.device("cpu")
     train.train_words(args, tokenizer, device)
     through = train.Painting(args, tokenizer, device)

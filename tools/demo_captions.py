@@ -84,10 +84,10 @@ def _article(phrase: str, rng: random.Random) -> str:
 
 
 def _noun(item: Picture, rng: random.Random, asked: Asked, mark: str = "") -> str:
-    """Name a shape: article, perhaps size, colour, shape."""
+    """Name a shape: article, size (none means medium), colour, shape."""
     words = [_pick(COLOR_WORDS, item["color"], rng), _pick(SHAPE_WORDS, item["shape"], rng)]
     asked["color" + mark], asked["shape" + mark] = item["color"], item["shape"]
-    if item["size"] != "medium" and rng.random() < 0.7:
+    if item["size"] != "medium":
         words.insert(0, _pick(SIZE_WORDS, item["size"], rng))
         asked["size" + mark] = item["size"]
     return _article(" ".join(words), rng)

@@ -30,7 +30,7 @@ PLACES: dict[str, Point] = {
     "center": (0.5, 0.5), "left": (0.25, 0.5), "right": (0.75, 0.5), "top": (0.5, 0.25), "bottom": (0.5, 0.75),
     "top left": (0.24, 0.24), "top right": (0.76, 0.24), "bottom left": (0.24, 0.76), "bottom right": (0.76, 0.76),
 }
-SIZES: dict[str, tuple[float, float]] = {"small": (0.10, 0.13), "medium": (0.17, 0.22), "large": (0.29, 0.36)}
+SIZES: dict[str, tuple[float, float]] = {"small": (0.11, 0.13), "medium": (0.18, 0.21), "large": (0.30, 0.34)}
 TIMES = ("day", "sunset", "night")
 
 #: What each thing in a scene is painted with, by the time of day.
@@ -242,7 +242,7 @@ def combination(p: Picture) -> str:
 
 def _shape(rng: random.Random, color: str, place: str, at: Point, size: str, radius: float) -> Picture:
     shape = rng.choice(SHAPES)
-    turn = 0.0 if shape in ("circle", "ring") else rng.uniform(-0.2, 0.2)
+    turn = 0.0 if shape in ("circle", "ring") else rng.uniform(-0.12, 0.12)
     return {"shape": shape, "color": color, "place": place, "at": at, "size": size, "radius": radius, "turn": turn}
 
 
@@ -251,7 +251,7 @@ def _sample_single(rng: random.Random) -> Picture:
     place = "center" if rng.random() < 0.3 else rng.choice(tuple(PLACES))
     sizes = ("small", "medium", "medium") if place != "center" else ("small", "medium", "large")
     size = rng.choice(sizes)
-    near = 0.05 if place == "center" else 0.03
+    near = 0.04 if place == "center" else 0.03
     at = (PLACES[place][0] + rng.uniform(-near, near), PLACES[place][1] + rng.uniform(-near, near))
     radius = rng.uniform(*SIZES[size]) * (1.0 if place == "center" else 0.92)
     return {"kind": "single", "ground": ground, "shapes": [_shape(rng, color, place, at, size, radius)]}
@@ -260,12 +260,12 @@ def _sample_single(rng: random.Random) -> Picture:
 def _sample_pair(rng: random.Random) -> Picture:
     first, second, ground = rng.sample(tuple(PALETTE), 3)
     places = rng.choice((("left", "right"), ("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")))
-    radius = rng.uniform(0.14, 0.19)
+    radius = rng.uniform(0.15, 0.18)
     shapes = []
     for color, place in zip((first, second), places, strict=True):
         x, y = PLACES[place]
         at = (x + rng.uniform(-0.025, 0.025), y + rng.uniform(-0.025, 0.025))
-        shapes.append(_shape(rng, color, place, at, "medium", radius * rng.uniform(0.92, 1.08)))
+        shapes.append(_shape(rng, color, place, at, "medium", radius * rng.uniform(0.95, 1.05)))
     return {"kind": "pair", "ground": ground, "shapes": shapes}
 
 
@@ -278,44 +278,44 @@ def _sample_scene(rng: random.Random) -> Picture:
     p["house"], p["trees"] = _sample_things(rng, p)
     p["boat"], p["waves"] = None, []
     if land != "hills":
-        x = rng.uniform(0.25, 0.75) if land == "sea" else (0.74 if p["side"] == "left" else 0.26)
-        p["boat"] = [x, rng.uniform(0.7, 0.78), rng.uniform(0.10, 0.13)] if rng.random() < 0.6 else None
-        p["waves"] = [[rng.uniform(0, 0.85), rng.uniform(p["horizon"] + 0.05, 0.95), rng.uniform(0.08, 0.18)] for _ in range(6)]
+        x = rng.uniform(0.4, 0.6) if land == "sea" else (0.74 if p["side"] == "left" else 0.26)
+        p["boat"] = [x, rng.uniform(0.72, 0.77), rng.uniform(0.11, 0.13)] if rng.random() < 0.6 else None
+        p["waves"] = [[0.04 + 0.33 * (k % 3) + rng.uniform(0, 0.12), p["horizon"] + 0.08 + 0.15 * (k // 3) + rng.uniform(0, 0.07),
+                       rng.uniform(0.09, 0.15)] for k in range(6)]
     p["light"], p["stars"] = _sample_lights(rng, p["time"])
     return p
 
 
 def _sample_things(rng: random.Random, p: Picture) -> tuple[float | None, list[float]]:
-    """Put a house and up to three trees on the land, each on a slot of its own."""
+    """Put a house and up to three trees on the land, each in the place that is its own, or they would come out doubled."""
     if p["land"] == "sea":
         return None, []
-    slots = [0.14, 0.32, 0.5, 0.68, 0.86]
+    slots = [0.84, 0.16, 0.34]
+    home = 0.54
     if p["land"] == "shore":
-        slots = [0.09, 0.26, 0.43] if p["side"] == "left" else [0.91, 0.74, 0.57]
-    house = None
-    if rng.random() < 0.5:
-        k = rng.randrange(1, len(slots) - 1)
-        house = slots[k] + rng.uniform(-0.02, 0.02)
-        slots = [s for s in slots if abs(s - house) > 0.12]
-    most = min(3, len(slots))
-    count = rng.choice(range(most + 1))
-    trees = sorted(rng.sample(slots, count))
-    return house, [t + rng.uniform(-0.03, 0.03) for t in trees]
+        slots, home = [0.10, 0.42, 0.26], 0.26
+    house = home + rng.uniform(-0.03, 0.03) if rng.random() < 0.5 else None
+    slots = [s for s in slots if house is None or abs(s - house) > 0.12]
+    trees = [s + rng.uniform(-0.03, 0.03) for s in slots[:rng.choice(range(len(slots) + 1))]]
+    if p["land"] == "shore" and p["side"] == "right":
+        house, trees = None if house is None else 1 - house, [1 - t for t in trees]
+    return house, sorted(trees)
 
 
 def _sample_lights(rng: random.Random, time: str) -> tuple[list[float] | None, list[list[float]]]:
-    """Choose the sun or moon (x, y, radius) and the stars of a sky."""
+    """Choose the sun or moon (x, y, radius) and the stars of a sky.
+
+    Each kind of light has one side of the sky for itself: where it may stand on either, a small model paints two.
+    """
     light = None
     if rng.random() < 0.75:
-        if time == "sunset":
-            light = [rng.uniform(0.25, 0.75), rng.uniform(0.42, 0.52), rng.uniform(0.11, 0.14)]
-        else:
-            light = [rng.choice((rng.uniform(0.15, 0.32), rng.uniform(0.68, 0.85))), rng.uniform(0.16, 0.26),
-                     rng.uniform(0.08, 0.11)]
+        across, down, radius = {"day": ((0.68, 0.84), (0.17, 0.25), (0.09, 0.11)), "sunset": ((0.3, 0.46), (0.42, 0.5), (0.11, 0.13)),
+                                "night": ((0.16, 0.32), (0.17, 0.25), (0.09, 0.11))}[time]
+        light = [rng.uniform(*across), rng.uniform(*down), rng.uniform(*radius)]
     stars: list[list[float]] = []
-    while time == "night" and len(stars) < 9 and (stars or rng.random() < 0.75):
-        x, y = rng.uniform(0.04, 0.96), rng.uniform(0.04, 0.48)
-        clear = light is None or math.hypot(x - light[0], y - light[1]) > light[2] + 0.06
-        if clear and all(math.hypot(x - s[0], y - s[1]) > 0.11 for s in stars):
-            stars.append([x, y, rng.uniform(0.024, 0.034)])
+    if time == "night" and rng.random() < 0.75:
+        for k in range(10):
+            x, y = 0.05 + 0.1 * k + rng.uniform(-0.03, 0.03), (0.08, 0.34, 0.21, 0.42)[k % 4] + rng.uniform(-0.04, 0.04)
+            if light is None or math.hypot(x - light[0], y - light[1]) > light[2] + 0.06:
+                stars.append([x, y, rng.uniform(0.026, 0.034)])
     return light, stars

@@ -5,6 +5,9 @@ say?), ``unet`` (text encoder and denoiser, together, on latents of pictures tha
 Everything that is left to chance comes from ``--seed``.
 
     python tools/train_demo_model.py --run run --out colab_gpu/demo_model
+
+With ``--start FOLDER`` a new run begins from a finished model in place of chance: its tokenizer and autoencoder stay as they
+are, its text encoder and denoiser are trained further.
 """
 
 from __future__ import annotations
@@ -285,6 +288,13 @@ def train_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKL:
     vae.eval().requires_grad_(False)
     whiten(vae, args.seed, device)
     return vae
+
+
+def finished_vae(folder: Path, device: torch.device) -> AutoencoderKL:
+    """Return the autoencoder of a finished model; it is never whitened anew, or its latents would mean something else."""
+    vae = new_vae().to(device, memory_format=torch.channels_last)
+    vae.load_state_dict(AutoencoderKL.from_pretrained(folder / "vae").state_dict())
+    return vae.eval().requires_grad_(False)
 
 
 def sharpen(args: argparse.Namespace, vae: AutoencoderKL, device: torch.device) -> None:
@@ -585,8 +595,12 @@ class Painting:
         torch.manual_seed(args.seed)
         self.args, self.tokenizer, self.device, self.path = args, tokenizer, device, args.run / "unet.pt"
         self.net = Painter(tokenizer).to(device, memory_format=torch.channels_last)
-        words = torch.load(args.run / "words.pt", map_location=device)
-        self.net.text.load_state_dict(words["text"]), self.net.unet.add_embedding.load_state_dict(words["pool"])
+        if args.start:
+            self.net.text.load_state_dict(CLIPTextModel.from_pretrained(args.start / "text_encoder").state_dict())
+            self.net.unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start / "unet").state_dict())
+        else:
+            words = torch.load(args.run / "words.pt", map_location=device)
+            self.net.text.load_state_dict(words["text"]), self.net.unet.add_embedding.load_state_dict(words["pool"])
         self.mean = copy.deepcopy(self.net).requires_grad_(False)
         self.scheduler, self.step = new_scheduler(), 0
         self.opts = self.optimizers()
@@ -700,6 +714,7 @@ def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", type=Path, default=Path("run"), help="folder of checkpoints and latents")
     p.add_argument("--out", type=Path, default=Path("colab_gpu/demo_model"), help="Diffusers folder to write")
+    p.add_argument("--start", type=Path, help="Diffusers folder of a finished model to train further")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -733,12 +748,14 @@ def main() -> None:
     args.run.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    if args.start and not (args.run / "tokenizer").exists():
+        shutil.copytree(args.start / "tokenizer", args.run / "tokenizer")
     tokenizer = new_tokenizer(args.run / "tokenizer")
-    if args.stage in ("words", "unet"):
+    if args.stage in ("words", "unet") and not args.start:
         train_words(args, tokenizer, device)
     if args.stage == "words":
         return
-    vae = train_vae(args, device)
+    vae = finished_vae(args.start, device) if args.start else train_vae(args, device)
     if args.stage == "unet":
         train_unet(args, vae, tokenizer, device)
     if args.stage == "export":
