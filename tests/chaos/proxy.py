@@ -116,8 +116,9 @@ class Side:
             if (wait := due - time.monotonic()) > 0:
                 await asyncio.sleep(wait)
             with contextlib.suppress(OSError, RuntimeError):
-                self.writer.write(data)
-                await self.writer.drain()
+                if not self.writer.is_closing():
+                    self.writer.write(data)
+                    await self.writer.drain()
             self.queue.popleft()
 
     async def put(self, data: bytes, link: Link, bps: float | None, delay_s: float) -> None:

@@ -212,12 +212,12 @@ class Soak:
 
     # --- the callers
 
-    def submit(self, client: Client, n: int, tool: str, payload: dict[str, Any]) -> str:
+    def submit(self, client: Client, n: int, tool: str, payload: dict[str, Any], **options: Any) -> str:
         """Submit a job until it is acknowledged; its id."""
         key = f"{self.args.seed}-{n}"
         while True:
             try:
-                job = client.submit(tool, payload, key=key, maxAttempts=100)
+                job = client.submit(tool, payload, key=key, maxAttempts=100, **options)
             except ColabGPUError as e:
                 if not e.retryable or self.over.is_set():
                     raise
@@ -240,10 +240,9 @@ class Soak:
                 self.submit(client, n, tool, payload)
             if number.random() < 0.03:
                 self.over.wait(number.random())
+                self.canceled[job_id] = "unheard"  # the answer may be lost, and the job canceled all the same
                 with contextlib.suppress(ColabGPUError):
-                    said = client.cancel(job_id).status
-                    with self.lock:
-                        self.canceled[job_id] = said
+                    self.canceled[job_id] = client.cancel(job_id).status
             with self.lock:
                 self.owed -= 1
 
@@ -300,10 +299,10 @@ class Soak:
         self.note("server killed")
         self.later(self.random.uniform(0, 1), self.start_server)
 
-    def stir(self) -> None:
+    def stir(self, act: str | None = None) -> None:
         """Other weather on the line."""
         number = self.random
-        act = number.choices(("weather", "calm", "page", "reset_all"), (10, 2, 1, 1))[0]
+        act = act or number.choices(("weather", "calm", "page", "reset_all"), (10, 2, 1, 1))[0]
         self.note(f"line: {act}")
         if act == "reset_all":
             self.order(reset_all=True)
@@ -324,9 +323,11 @@ class Soak:
 
         No clock decides this: the job's gate is opened for the first worker alone, and for the second when the server has heard the first.
         """
+        if not self.server.alive:
+            return
         self.scenes += 1
         name, n = f"gate-{self.scenes}", self.args.jobs + self.scenes
-        job_id = self.submit(Client(self.direct, ""), n, "gate", {"n": n, "name": name})
+        job_id = self.submit(Client(self.direct, ""), n, "gate", {"n": n, "name": name}, priority="high")
         mark = self.marks / f"{name}.begun"
         first = self.until(lambda: self.slot_of(mark.read_text().split()[-1]) if mark.exists() and mark.read_text() else None, "a worker to begin")
         if first is None or not first.well:
@@ -370,8 +371,9 @@ class Soak:
             caller.start()
         end = time.monotonic() + self.args.minutes * 60
         acts = (self.kill_worker, self.stop_worker, self.kill_server, self.stir, self.zombie)
+        first = [lambda: self.stir("weather"), self.kill_worker, self.stop_worker, self.kill_server]  # however short it is
         while time.monotonic() < end:
-            self.random.choices(acts, (4, 4, 2, 5, 0.7))[0]()
+            (first.pop(0) if first else self.random.choices(acts, (4, 4, 2, 5, 0.7))[0])()
             wake = time.monotonic() + self.random.expovariate(1 / self.args.every)
             while time.monotonic() < min(wake, end):
                 self.run_due()
@@ -536,6 +538,7 @@ def main() -> int:
         args.jobs, args.minutes, args.lease, args.every, args.calm = 40, 0.1, 1.5, 0.8, 120
     folder = args.keep or Path(tempfile.mkdtemp(prefix="soak-"))
     soak = Soak(args, folder)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending what was started
     try:
         soak.run()
         books = Books(soak)
