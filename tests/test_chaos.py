@@ -137,6 +137,17 @@ def test_the_books_see_what_is_missing(by_hand):
     assert soak.verdict() == ["jobs not submitted", "acknowledged jobs lost", "jobs without an end", "jobs not once in the history"]
 
 
+def test_the_books_see_what_is_there_twice(by_hand):
+    soak = by_hand()
+    second = soak.client.submit("press", {"n": 2, "ms": 1, "bytes": 10})
+    soak.keys["1-2"].add(second.id)
+    soak.serve()
+    history = soak.data / "logs" / "gpu_job_history.md"
+    row = eventually(lambda: [line for line in (history.read_text() if history.exists() else "").splitlines() if soak.ids[0] in line], "its row")
+    with history.open("a") as file: file.write(row[0] + "\n")
+    assert soak.verdict() == ["keys with more than one job", "jobs that nobody submitted", "jobs not once in the history"]
+
+
 def test_the_books_see_a_job_that_ended_twice(by_hand):
     soak = by_hand()
     soak.serve()

@@ -449,7 +449,7 @@ class Books:
             job, (status, value, digests) = client.job(job_id), expected(tool, payload)
             if self.soak.canceled.get(job_id) == "canceled" and job.status != "canceled":
                 undone.append(f"{job_id} is {job.status}")
-            if job_id in self.soak.canceled and job.status == "canceled":
+            if job.status not in ENDED or (job_id in self.soak.canceled and job.status == "canceled"):
                 continue
             got = job.detail if status == "failed" else {k: v for k, v in (job.result or {}).items() if k != "by"}
             if (job.status, got) != (status, value):
@@ -476,7 +476,8 @@ class Books:
         for slot in self.soak.slots:
             slot.child.end()
         self.soak.server.end()
-        text = (self.soak.data / "logs" / "gpu_job_history.md").read_text()
+        path = self.soak.data / "logs" / "gpu_job_history.md"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
         found = re.findall(r"^\| [^|]* \| ([0-9a-f-]{36}) \|", text, re.M)
         odd = [f"{j}: {found.count(j)} lines" for j in self.rows if found.count(j) != 1] if len(found) != len(self.rows) or set(found) != set(self.rows) else []
         self.line("jobs not once in the history", odd, len(self.rows))
