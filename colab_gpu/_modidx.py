@@ -1179,6 +1179,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'colab_gpu.worker.pause_after': ('worker.html#pause_after', 'colab_gpu/worker.py'),
                                   'colab_gpu.worker.perform': ('worker.html#perform', 'colab_gpu/worker.py'),
                                   'colab_gpu.worker.plain': ('worker.html#plain', 'colab_gpu/worker.py'),
+                                  'colab_gpu.worker.put_back': ('worker.html#put_back', 'colab_gpu/worker.py'),
                                   'colab_gpu.worker.put_down': ('worker.html#put_down', 'colab_gpu/worker.py'),
                                   'colab_gpu.worker.remaining_s': ('worker.html#remaining_s', 'colab_gpu/worker.py'),
                                   'colab_gpu.worker.repeat': ('worker.html#repeat', 'colab_gpu/worker.py'),

@@ -29,8 +29,8 @@ __all__ = ['REST_S', 'LONGEST_REST_S', 'ENDING_S', 'LAST_S', 'T', 'Ear', 'hear',
            'pause_after', 'unheard', 'perform', 'begin', 'attempt', 'outcome', 'plain', 'insist', 'upload', 'deliver',
            'inline_picture', 'report', 'ended', 'waits', 'lost', 'hand_back', 'hand_back_all', 'take_on', 'put_down',
            'serve', 'abandon', 'parts', 'call', 'kin', 'carry_out', 'report_all', 'conclude', 'side_by_side',
-           'remaining_s', 'Ahead', 'resend', 'advance', 'rest', 'repeat', 'wind_up', 'close', 'stop', 'start_worker',
-           'stop_worker', 'run_until_interrupted']
+           'remaining_s', 'Ahead', 'resend', 'advance', 'rest', 'repeat', 'put_back', 'wind_up', 'close', 'stop',
+           'start_worker', 'stop_worker', 'run_until_interrupted']
 
 # %% ../nbs/16_worker.ipynb #c0dc63c6
 class Ear:
@@ -504,7 +504,6 @@ def report(worker: Worker, run: Run, body: dict[str, Any]) -> Turn:
 
 def ended(worker: Worker, run: Run, body: Mapping[str, Any]) -> Turn:
     "The server has the run's end."
-    worker.streak.note(run.job_id, body)
     if body["status"] == "completed":
         worker.count("completed")
         worker.log(f"[worker] Completed job {run.job_id}")
@@ -605,7 +604,9 @@ def call(worker: Worker, runs: Sequence[Run], later: bool = False) -> list[dict[
     worker.call, worker.called_at, worker.state = tuple(runs), worker.clock(), "running"
     try: bodies = perform(worker, runs)
     finally: worker.call = ()
-    for run in runs: run.finished = True
+    for run, body in zip(runs, bodies, strict=True):
+        run.finished = True
+        if run.why is None: worker.streak.note(run.job_id, body)
     if all(run.why is None for run in runs): worker.pace[kin(runs[0])] = worker.clock() - worker.called_at
     return bodies
 
@@ -657,6 +658,7 @@ def remaining_s(worker: Worker) -> float:
     by_steps_s = elapsed_s * (run.total - run.step) / run.step if run.phase == "running" and 0 < run.step <= run.total else math.inf
     return max(0.0, min(usual_s - elapsed_s, by_steps_s))
 
+# %% ../nbs/16_worker.ipynb #a14d624f
 class Ahead:
     "The question for the next job while a call runs. `end` it when the call is over: it returns the runs it has taken on."
     def __init__(self, worker: Worker, patience_s: float = 30) -> None:
@@ -738,6 +740,7 @@ def rest(worker: Worker) -> None:
     worker.log(f"[worker] {len(worker.streak.failed)} different jobs failed in a row, the last with: {why} "
                f"Resting for {rest_s:g} s, then trying one.")
     worker.state = "resting"
+    put_back(worker)
     worker.pause(rest_s, worker.draining)
 
 # %% ../nbs/16_worker.ipynb #51edd332
@@ -767,11 +770,15 @@ def repeat(worker: Worker, once: bool = False) -> Turn:
     worker.ended.set()
     return turn
 
+def put_back(worker: Worker) -> None:
+    "Hand back what was leased ahead."
+    runs, worker.next = worker.next, ()
+    hand_back_all(worker, [run.grant for run in runs])
+    put_down(worker, runs)
+
 def wind_up(worker: Worker) -> None:
     "Hand back what was leased ahead, and let the reports arrive."
-    runs, worker.next = worker.next, ()
-    for run in runs: hand_back(worker, run.grant)
-    put_down(worker, runs)
+    put_back(worker)
     worker.behind.wait()
 
 def close(worker: Worker) -> None:
