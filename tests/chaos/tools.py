@@ -41,6 +41,6 @@ def draw(number: random.Random, n: int, lease_s: float) -> tuple[str, dict[str, 
     payload["ms"] = min(payload["ms"], 900)
     if tool == "press":
         payload |= {"files": number.randint(1, 3), "bytes": number.choice((10, 1000, 40_000, 300_000))}
-    if tool == "hold":
-        payload["ms"] = round(min(payload["ms"] * 3, lease_s * 300))  # at most 0.3 of a lease
+    if tool == "hold":  # mostly at most 0.3 of a lease, at times three of them
+        payload["ms"] = round(lease_s * 3000 if number.random() < 0.03 else min(payload["ms"] * 3, lease_s * 300))
     return tool, payload
