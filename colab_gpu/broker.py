@@ -96,10 +96,15 @@ class Ask:
         return (self.tools is None or tool in self.tools) and tags <= self.tags
 
 # %% ../nbs/05_broker.ipynb #2dde3ef5
-def lease(tx: Tx, at: At, ask: Ask, servable: Callable[[str], bool] | None = None) -> list[Job]:
-    "Grant up to `ask.most` jobs to one worker: the first by priority and age, and others that can share its batch. Empty when none is ready."
+def lease(tx: Tx, at: At, ask: Ask, servable: Callable[[str], bool] | None = None) -> list[Job] | None:
+    """Grant up to `ask.most` jobs to one worker: the first by priority and age, and others that can share its batch.
+
+    Empty when none is ready; `None` for the echo of a question whose grant has been used already: nobody waits for that answer.
+    """
     request = None if ask.request is None else repr((ask.worker, ask.instance, ask.request))
-    if request is not None and (held := tx.by_lease_request(request)): return held
+    known = [] if request is None else tx.by_lease_request(request)
+    if held := [job for job in known if job.status == "leased"]: return held
+    if any(job.result_digest is not None for job in known): return None
     accept = servable or (lambda lane: True)
     found = [_for(ask, at, tx.heads(name, 1 if ask.standby_s is None else 64)) for name in list(tx.lanes()) if ask.serves(name) and accept(name)]
     heads = [jobs[0] for jobs in found if jobs]
@@ -623,7 +628,8 @@ async def lease_within(broker: Broker, ask: Ask, wait_s: float = 0, models: Iter
             wake: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
             number = broker.waiters.add(ask, wake) if wait_s else 0
             try:
-                jobs = await broker.acall(lease, ask, _servable(broker, ask), undo=lambda jobs: _give_back(broker, jobs))
+                jobs = await broker.acall(lease, ask, _servable(broker, ask), undo=lambda jobs: _give_back(broker, jobs or []))
+                if jobs is None: return []
                 owed = owed - {job.lane for job in jobs} if jobs else set()
                 left = deadline - broker.clock()
                 if jobs or left <= 0 or broker.closing:
@@ -649,6 +655,7 @@ def _give_back(broker: Broker, jobs: list[Job]) -> None:
 def _ungrant(tx: Tx, at: At, granted: Job) -> None:
     job = tx.get(granted.id)
     if job is None or job.status != "leased" or job.grants != granted.grants: return
+    job.lease_request = None  # its worker asks again, and has heard of nothing
     _hand_back(tx, at, job)
 
 def _wake(broker: Broker, lane: str) -> None:

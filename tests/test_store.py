@@ -117,13 +117,14 @@ def test_a_job_comes_back_as_it_was(store):
     assert store.read(lambda r: r.get(job.id)) == ended and ended.result == {"x": "ü\0"}
 
 
-def test_by_lease_request_finds_only_what_is_still_leased(store):
+def test_by_lease_request_finds_what_was_last_granted_to_it(store):
     jobs = put(store, *(a_job(n, priority=p) for n, p in enumerate(["low", "high", "normal"])))
     for job in jobs:
         change(store, job.id, status="leased", lease_request="r", lease_until_ms=5)
     assert {j.id for j in store.run(lambda tx: tx.by_lease_request("r"))} == {j.id for j in jobs}
     change(store, jobs[0].id, status="queued", lease_until_ms=None)
-    assert {j.id for j in store.run(lambda tx: tx.by_lease_request("r"))} == {j.id for j in jobs[1:]}
+    change(store, jobs[1].id, lease_request="s")
+    assert {j.id for j in store.run(lambda tx: tx.by_lease_request("r"))} == {jobs[0].id, jobs[2].id}
     assert store.run(lambda tx: tx.by_lease_request("other")) == []
 
 
