@@ -150,6 +150,8 @@ class Soak:
         self.jobs: dict[str, tuple[str, dict[str, Any]]] = {}  # the acknowledged ones
         self.keys: dict[str, set[str]] = {}
         self.canceled: dict[str, str] = {}  # what the server said when it was asked to cancel
+        self.watched: dict[str, str] = {}  # what those who followed a job heard last
+        self.watchers: list[threading.Thread] = []
         self.lock, self.over = threading.Lock(), threading.Event()
         self.owed = args.jobs
 
@@ -238,6 +240,9 @@ class Soak:
             job_id = self.submit(client, n, tool, payload)
             if number.random() < 0.05:
                 self.submit(client, n, tool, payload)
+            if number.random() < 0.04:
+                self.watchers.append(threading.Thread(target=self.watch, args=(job_id,), daemon=True))
+                self.watchers[-1].start()
             if number.random() < 0.03:
                 self.over.wait(number.random())
                 self.canceled[job_id] = "unheard"  # the answer may be lost, and the job canceled all the same
@@ -245,6 +250,15 @@ class Soak:
                     self.canceled[job_id] = client.cancel(job_id).status
             with self.lock:
                 self.owed -= 1
+
+    def watch(self, job_id: str) -> None:
+        """Follow a job to its end, over the same line."""
+        self.watched[job_id] = "nothing"
+        try:
+            for event in Client(self.url, "").events(job_id, outage_s=600):
+                self.watched[job_id] = event.data["status"] if event.kind == "done" else event.kind
+        except ColabGPUError as e:
+            self.watched[job_id] = str(e)
 
     # --- the blows
 
@@ -388,7 +402,7 @@ class Soak:
         self.counts = self.order(faults={}, page=False, delay_s=0, jitter_s=0, up_bps=None, down_bps=None, reset_all=True)
         print(f"The blows are over; {self.left()} jobs are left.", flush=True)
         end = time.monotonic() + self.args.calm
-        while (self.left() or any(c.is_alive() for c in callers)) and time.monotonic() < end:
+        while (self.left() or any(c.is_alive() for c in [*callers, *self.watchers])) and time.monotonic() < end:
             time.sleep(0.2)
         self.over.set()
 
@@ -469,6 +483,8 @@ class Books:
         self.line("results that are wrong", wrong, len(self.soak.jobs))
         self.line("results of another's lease", others, len(self.soak.jobs))
         self.line("files missing or damaged", files, fetched)
+        deaf = [f"{j} is {self.rows[j][0]}, heard: {said}" for j, said in self.soak.watched.items() if j in self.rows and said != self.rows[j][0]]
+        self.line("watchers who heard otherwise", deaf, len(self.soak.watched))
         self.line("cancels undone", undone, len(self.soak.canceled))
 
     def history(self) -> None:
