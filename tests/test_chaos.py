@@ -389,3 +389,13 @@ def test_a_worker_is_killed_on_the_references_server(tmp_path):
             assert job.result == {**expected(tool, {"n": n})[1], "by": "w2"}
         assert bad.wait(60).detail == expected("wrong", {"n": 77})[1]
         assert gate.data["attempts"] == 2 and all(job.data["attempts"] == 1 for job, *_ in others)
+
+
+def test_the_idle_benchmark_measures_both_lines(tmp_path):
+    out = tmp_path / "out.json"
+    done = subprocess.run([sys.executable, "benchmarks/bench_idle.py", "--jobs", "3", "--seconds", "0.1", "--bytes", "20000", "--rtt-ms", "40", "--json", str(out)],
+                          cwd=ROOT, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(out.read_text())
+    assert list(got) == ["loopback", "40 ms, 5 Mbit/s up"] and all(line["jobs"] == 3 and 0 < line["idle_share"] < 1 for line in got.values())
+    assert all(f"\n{name}" in done.stdout for name in got)
