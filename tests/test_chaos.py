@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from tests.chaos import soak as chaos
 from tests.chaos.tools import KINDS, draw, expected
 
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the tester looks for processes in /proc")
 OURS = {"X-Protocol": "1", "X-Worker-Instance": "by-hand"}
 
 
@@ -355,6 +356,13 @@ def test_the_same_seed_strikes_the_same_connections(line, tmp_path):
     again = Line(tmp_path, line.direct.transport.base)
     try: assert struck(line) == struck(again) and 0 < sum(struck(again)) < 20
     finally: again.process.kill()
+
+
+@pytest.mark.parametrize("module, args, say", [("soak", ["--workers", "1"], "--workers must be at least 2"), ("soak", ["--keep", "tests"], "name a folder that isn't"),
+                                               ("soak", ["--lease", "nan"], "--lease must be at least 1"), ("proxy", ["3001"], "must be HOST:PORT")])
+def test_wrong_arguments_are_named(module, args, say):
+    done = subprocess.run([sys.executable, "-m", f"tests.chaos.{module}", *args], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2 and say in done.stderr and "Traceback" not in done.stderr
 
 
 def test_wrong_orders_are_named(line):

@@ -462,6 +462,8 @@ async def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     host, _, port = args.target.rpartition(":")
+    if not host or not port.isdecimal():
+        parser.error(f"the target must be HOST:PORT, such as 127.0.0.1:3001, not {args.target!r}")
     proxy = Proxy((host, int(port)), args.seed)
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", args.port, limit=1 << 20)
     print(server.sockets[0].getsockname()[1], flush=True)

@@ -537,6 +537,18 @@ class Books:
         yield from (f"  {each}" for each in self.examples)
 
 
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Say what can't be, before anything is started."""
+    least = {"jobs": 1, "workers": 2, "lease": 1, "minutes": 0.01, "every": 0.05, "calm": 1}
+    for name, low in least.items():
+        if not getattr(args, name) >= low:
+            parser.error(f"--{name} must be at least {low:g}")
+    if args.keep is not None and args.keep.exists():
+        parser.error(f"--keep {args.keep} is there already: name a folder that isn't")
+    if not Path("/proc/self/stat").exists():
+        parser.error("the soak needs Linux: it looks for a worker's processes in /proc")
+
+
 def main() -> int:
     """Run the soak; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -553,6 +565,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.short:
         args.jobs, args.minutes, args.lease, args.every, args.calm = 40, 0.1, 1.5, 0.8, 120
+    check(parser, args)
     folder = args.keep or Path(tempfile.mkdtemp(prefix="soak-"))
     soak = Soak(args, folder)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending what was started
