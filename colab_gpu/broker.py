@@ -102,9 +102,8 @@ def lease(tx: Tx, at: At, ask: Ask, servable: Callable[[str], bool] | None = Non
     Empty when none is ready; `None` for the echo of a question whose grant has been used already: nobody waits for that answer.
     """
     request = None if ask.request is None else repr((ask.worker, ask.instance, ask.request))
-    known = [] if request is None else tx.by_lease_request(request)
-    if held := [job for job in known if job.status == "leased"]: return held
-    if any(job.result_digest is not None for job in known): return None
+    if request is not None and (held := tx.by_lease_request(request)): return held
+    if request is not None and tx.used(request): return None
     accept = servable or (lambda lane: True)
     found = [_for(ask, at, tx.heads(name, 1 if ask.standby_s is None else 64)) for name in list(tx.lanes()) if ask.serves(name) and accept(name)]
     heads = [jobs[0] for jobs in found if jobs]

@@ -36,7 +36,8 @@ class Tx(Reader, Protocol):
     def update(self, job: Job) -> None: "Store what changed in `job`."
     def extend(self, job: Job) -> None: "Store only `job.lease_until_ms`: the commonest write, kept small."
     def by_key(self, key: str) -> Job | None: "The job submitted under that idempotency key."
-    def by_lease_request(self, request: str) -> list[Job]: "The jobs last granted to that lease request, whatever became of them."
+    def by_lease_request(self, request: str) -> list[Job]: "The jobs granted to that lease request."
+    def used(self, request: str) -> bool: "Whether a lease granted to that lease request has spoken: its worker got the answer."
     def heads(self, lane: str, limit: int = 1) -> list[Job]: "The first ready jobs of a lane: by priority, then age."
     def expired(self, now_ms: int, limit: int) -> list[Job]: "Leased jobs whose lease has run out."
     def due(self, now_ms: int, limit: int) -> list[Job]: "Held jobs that may become ready."
@@ -135,7 +136,9 @@ class _MemoryTx:
 
     def get(self, job_id: str) -> Job | None: return next(iter(self._where(lambda j: j.id == job_id)), None)
     def by_key(self, key: str) -> Job | None: return next(iter(self._where(lambda j: j.idempotency_key == key)), None)
-    def by_lease_request(self, request: str) -> list[Job]: return self._where(lambda j: j.lease_request == request)
+    def by_lease_request(self, request: str) -> list[Job]: return self._where(lambda j: j.lease_request == request and j.status == "leased")
+    def used(self, request: str) -> bool:
+        return bool(self._where(lambda j: j.lease_request == request and j.result_digest is not None, 1))
     def heads(self, lane: str, limit: int = 1) -> list[Job]:
         return sorted(self._where(lambda j: j.status == "queued" and j.ready and j.lane == lane), key=lambda j: (j.rank, j.seq))[:limit]
     def lanes(self) -> dict[str, int]:
@@ -359,7 +362,9 @@ class SQLiteTx(_Updates):
     "A `Tx` on SQLite; `SQLiteStore` makes them."
     def by_key(self, key: str) -> Job | None: return self._one("WHERE j.idempotency_key = ?", key)
     def by_lease_request(self, request: str) -> list[Job]:
-        return self._jobs("WHERE j.lease_request = ? ORDER BY j.rank, j.seq", request)
+        return self._jobs("WHERE j.lease_request = ? AND j.status = 'leased' ORDER BY j.rank, j.seq", request)
+    def used(self, request: str) -> bool:
+        return bool(self.db.execute("SELECT 1 FROM jobs WHERE lease_request = ? AND result_digest IS NOT NULL LIMIT 1", (request,)).fetchone())
     def heads(self, lane: str, limit: int = 1) -> list[Job]:
         return self._jobs("WHERE j.ready = 1 AND j.lane = ? ORDER BY j.rank, j.seq LIMIT ?", lane, limit)
     def expired(self, now_ms: int, limit: int) -> list[Job]:
