@@ -296,9 +296,9 @@ def retry(tx: Tx, at: At, job_id: str) -> Job:
                                   old.requirements, retry_of=old.id))
 
 # %% ../nbs/05_broker.ipynb #ef445ea3
-def reap(tx: Tx, at: At, most: int = 500) -> int:
-    "Move every job whose time has come, up to `most` of each sort; returns how many moved."
-    overdue, expired, due = tx.overdue(at.now_ms, most), tx.expired(at.now_ms, most), tx.due(at.now_ms, most)
+def reap(tx: Tx, at: At, most: int = 500, leases: bool = True) -> int:
+    "Move every job whose time has come, up to `most` of each sort, with `leases` also those whose lease has run out; returns how many moved."
+    overdue, expired, due = tx.overdue(at.now_ms, most), tx.expired(at.now_ms, most) if leases else [], tx.due(at.now_ms, most)
     for job in overdue:
         job.detail, job.error_kind = "No worker took the job within its queueTimeoutSeconds.", "timeout"
         _end(tx, at, job, "expire")
@@ -805,11 +805,12 @@ def _resumed(broker: Broker, channel: Channel, after: str | None) -> int:
 
 # %% ../nbs/05_broker.ipynb #8889971d
 async def reap_forever(broker: Broker, every_s: float = 0.25) -> None:
-    "Reap whatever is due, for as long as the task lives."
+    "Reap whatever is due, for as long as the task lives; leases not before half a lease has passed."
+    fair_ms = broker.now_ms() + round(broker.policy.heartbeat_lease_s * 500)
     while True:
         try:
-            due_ms = broker.read(lambda r: r.next_due_ms())
-            moved = await broker.acall(reap) if due_ms is not None and due_ms <= broker.now_ms() else 0
+            due_ms, now_ms = broker.read(lambda r: r.next_due_ms()), broker.now_ms()
+            moved = await broker.acall(reap, 500, now_ms >= fair_ms) if due_ms is not None and due_ms <= now_ms else 0
         except ColabGPUError as e:
             log.warning("due jobs wait: %s", e)
             moved = 0

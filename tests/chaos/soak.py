@@ -146,6 +146,7 @@ class Soak:
         self.slots = [Slot(n + 1) for n in range(args.workers)]
         self.plans: list[tuple[float, int, Callable[[], None]]] = []
         self.blows: list[tuple[float, str, str]] = []  # when, to which worker, what
+        self.outages: list[tuple[float, float]] = []  # when there was no server
         self.done: dict[str, int] = {}
         self.jobs: dict[str, tuple[str, dict[str, Any]]] = {}  # the acknowledged ones
         self.keys: dict[str, set[str]] = {}
@@ -306,12 +307,16 @@ class Soak:
         slot.stopped = False
 
     def kill_server(self) -> None:
-        """SIGKILL, and start it again on the same data and port."""
-        if not self.server.alive:
+        """SIGKILL, and start it again on the same data and port; left alone then for as long as a recovery may take."""
+        if not self.server.alive or (self.outages and time.time() < self.outages[-1][1] + self.args.lease + 5):
             return
+        began = time.time()
         self.server.kill()
         self.note("server killed")
-        self.later(self.random.uniform(0, 1), self.start_server)
+        def restart() -> None:
+            self.start_server()
+            self.outages.append((began, time.time()))
+        self.later(self.random.uniform(0, 1), restart)
 
     def stir(self, act: str | None = None) -> None:
         """Other weather on the line."""
@@ -500,7 +505,7 @@ class Books:
 
     def recovery(self) -> None:
         """How long an orphaned job waited for its next worker."""
-        bound, waits, others = self.soak.args.lease + 5, [], 0
+        bound, waits, served, others = self.soak.args.lease + 5, list[float](), list[float](), 0
         last: dict[str, tuple[float, str]] = {}  # of each job under way: when and to whom it was granted
         lost: dict[str, float] = {}  # of each orphan: when it became one
         for at, what, job_id, _, now, worker, _, digest in self.log:
@@ -508,7 +513,9 @@ class Books:
                 continue
             if now == "leased":
                 if job_id in lost:
-                    waits.append(at - lost.pop(job_id))
+                    since = lost.pop(job_id)
+                    waits.append(at - since)
+                    served.append(at - since - sum(max(0.0, min(at, b) - max(since, a)) for a, b in self.soak.outages))
                 last[job_id] = (at, worker)
             elif now == "queued" and digest is None:  # its lease has run out
                 since, holder = last[job_id]
@@ -517,10 +524,13 @@ class Books:
                     lost[job_id] = max(since, struck[-1])
                 else:
                     others += 1
-        waits.sort()
-        worst = [f"{waits[min(len(waits) - 1, int(len(waits) * q))]:.1f}" for q in (0.5, 0.95, 1)] if waits else []
+        def figures(times: list[float]) -> list[str]:
+            times = sorted(times)
+            return [f"{times[min(len(times) - 1, int(len(times) * q))]:.1f}" for q in (0.5, 0.95, 1)] if times else ["-"] * 3
+        worst = figures(waits)
         well = None if self.soak.args.short else bool(waits) and float(worst[1]) <= bound
-        self.lines.append(("recovery of orphans, p50/p95/max, s", f"p95 {bound:g}", f"{'/'.join(worst) or '-'} of {len(waits)}", well))
+        self.lines.append(("recovery of orphans, p50/p95/max, s", f"p95 {bound:g}", f"{'/'.join(worst)} of {len(waits)}", well))
+        self.lines.append(("  of which there was a server", "", "/".join(figures(served)), None))
         self.lines.append(("leases of living workers that ran out", "", f"{others} of {sum(e[1] == 'state' and e[4] == 'leased' for e in self.log)}", None))
 
     def show(self) -> Iterator[str]:
