@@ -359,6 +359,9 @@ class ChatExecutor:
     def models(self) -> list[str]:
         "The names of the models that are loaded now."
         return self.ollama.models()
+    def on_disk(self) -> list[str]:
+        "The names of the models that need no download. Raises `ExecutionError` when Ollama is away."
+        return [row["model"] for row in self.ollama.rows("/api/tags")]
     def preload(self, model: str | None = None, on_progress: Callable[[str], Any] | None = None) -> None:
         "Pull (if missing) and load `model`; `None`: those of OLLAMA_PRELOAD_MODELS."
         preload(self.ollama, None if model is None else [model], on_progress)
