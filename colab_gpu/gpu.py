@@ -75,10 +75,11 @@ def find_device(command: str = "nvidia-smi") -> Device:
     return Cuda(found[0], command) if found else Cpu()
 
 def accelerator_info(device: Device) -> dict[str, Any]:
-    "What a worker tells of its `device`: `accelerator`, `memory` where it has some of its own, and `versions` of what computes on it."
-    total, told = device.total_bytes(), {"accelerator": device.name, "versions": installed_versions()}
-    return told if total is None else {**told, "memory": f"{total / 2**30:.1f} GiB"}
+    "What a worker tells of its `device`: `accelerator`, and `memory` where it has some of its own."
+    total = device.total_bytes()
+    return {"accelerator": device.name} if total is None else {"accelerator": device.name, "memory": f"{total / 2**30:.1f} GiB"}
 
+# %% ../nbs/13_gpu.ipynb #854ba160
 def installed_versions(names: Sequence[str] = ("torch", "diffusers", "transformers", "ollama")) -> str:
     "The versions of those packages that are installed, without importing any: `torch=2.13.0,diffusers=0.42.1`."
     from importlib.metadata import PackageNotFoundError, version
