@@ -280,7 +280,7 @@ def cmd_worker(args: argparse.Namespace) -> int:
     from colab_gpu.worker import Worker, run_until_interrupted
     settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id, WORKER_MAX_BATCH=args.max_batch)
     device = find_device()
-    worker = Worker(executors_here(settings, device), settings, log=lambda text: print(text, flush=True), 
+    worker = Worker(executors_here(settings, device), settings, log=lambda text: print(text, flush=True),
                     info={**accelerator_info(device), "versions": installed_versions()})
     if not worker.tools: raise ExecutionError(f"This machine has none of the tools. {NEEDS_IMAGES}. {NEEDS_CHAT}")
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what we started ends
