@@ -58,7 +58,8 @@ def submit(tx: Tx, at: At, spec: JobSpec, key: str | None = None, body_digest: s
     if tx.pending() >= at.policy.max_pending:
         raise QueueFull(f"{at.policy.max_pending} jobs wait already: try again later.", retry_after=5)
     now, wait_s, start = at.now_ms, spec.queue_timeout_s, spec.not_before_ms
-    job = Job(new_id(now), spec.tool, spec.payload_json, spec.priority, enqueued_ms=now, max_attempts=spec.max_attempts or at.policy.max_attempts)
+    job = Job(new_id(now), spec.tool, spec.payload_json, spec.priority, enqueued_ms=now, max_attempts=spec.max_attempts or at.policy.max_attempts,
+              model=spec.model, webhook=spec.webhook)
     if spec.requirements or wait_s or start or spec.run_timeout_s or spec.retry_of or key:
         job.requirements, job.run_timeout_s, job.retry_of = spec.requirements, spec.run_timeout_s, spec.retry_of
         job.idempotency_key, job.body_digest = key, body_digest
@@ -211,6 +212,7 @@ def _said_before(job: Job, content: str) -> bool:
 def _end(tx: Tx, at: At, job: Job, verb: str, content: str | None = None) -> None:
     job.status, job.ready = move(job.status, verb), False
     job.ended_ms, job.lease_until_ms = at.now_ms, None
+    if job.webhook: job.webhook_due_ms = at.now_ms  # in the same commit as the end: a crash in between loses neither
     if content is not None: job.result_digest = content
     tx.update(job)
 
@@ -289,7 +291,7 @@ def retry(tx: Tx, at: At, job_id: str) -> Job:
     if old.status not in ("failed", "canceled"):
         raise Conflict(f"Job {job_id} is {old.status}: only a failed or canceled job can be retried.", code="job_not_retryable")
     return submit(tx, at, JobSpec(old.tool, old.payload_json, old.priority, old.max_attempts, None, old.run_timeout_s, None,
-                                  old.requirements, retry_of=old.id))
+                                  old.requirements, retry_of=old.id, model=old.model, webhook=old.webhook))
 
 # %% ../nbs/05_broker.ipynb #ef445ea3
 def reap(tx: Tx, at: At, most: int = 500) -> int:

@@ -22,6 +22,7 @@ from .httpd import (HTTPServer, Later, Limits, Request, Response, Route, Router,
 from .jobs import (STATUSES, Job, JobSpec, digest, image_submission, job_dict, job_json, public_artifact, read_number,
                             read_text)
 from .store import SQLiteStore, Store
+from .webhooks import Webhooks, check_webhook, webhook_policy
 
 log = logging.getLogger("colab_gpu.server")
 
@@ -174,12 +175,17 @@ class App:
                                  field="COLAB_GPU_DATABASE")
         data = Path(self.settings["COLAB_GPU_DATA"])
         self.archive, self.doors = Archive(data), Doors(self.settings)
-        self.broker = Broker(store or SQLiteStore(data / "queue.db"), policy_of(self.settings), clock, on_end=lambda job: self.ended.set())
+        self.broker = Broker(store or SQLiteStore(data / "queue.db"), policy_of(self.settings), clock, on_end=self.on_end)
+        self.webhooks = Webhooks(self.broker, webhook_policy(self.settings))
         self.history, self.ended = History(self.archive), asyncio.Event()
         self.body_bytes, self.artifact_bytes = self.settings["GPU_MAX_BODY_BYTES"], self.settings["GPU_MAX_ARTIFACT_BYTES"]
         self.log_requests, self.answers = self.settings["GPU_LOG_REQUESTS"], {}  # type: ignore[var-annotated]
         self.router = Router()
         for add in (add_caller_routes, add_worker_routes, add_operator_routes): add(self)
+
+    def on_end(self, job: Job) -> None:
+        self.ended.set()
+        if job.webhook_due_ms is not None: self.webhooks.news.set()
 
     def route(self, method: str, pattern: str, door: str, summary: str, **options: Any) -> Callable[[Any], Any]:
         "A decorator: serve a handler at `pattern`. Further `options` go into the API's description."
@@ -227,7 +233,9 @@ def _submitting(app: App) -> None:
     broker = app.broker
 
     @app.route("POST", "/gpu-jobs", "caller", "Submit a job",
-               body={"tool": "name of a tool", "payload": "its input", "priority": "high, normal or low"})
+               body={"tool": "name of a tool", "payload": "its input", "priority": "high, normal or low", "maxAttempts": "1 to 100",
+                     "queueTimeoutSeconds": "how long it may wait", "runTimeoutSeconds": "how long one run may take, whatever its worker says",
+                     "notBefore": "ms since the epoch", "requirements": "tags a worker must have", "webhook": "address that is told of the end"})
     def post_job(request: Request) -> Any:
         data = request.body.at_once() if request.head.length < 65_536 else None
         if data is None: return post_large(request)
@@ -239,6 +247,7 @@ def _submitting(app: App) -> None:
 
     def submitted(request: Request, body: Any) -> Submitted:
         spec, key = JobSpec.parse(body), label(request.headers.get("idempotency-key"), "Idempotency-Key", None)
+        if spec.webhook: check_webhook(app.webhooks.policy, spec.webhook)
         ticket = Submitted()
         broker.post(ticket, rules.submit, spec, key, digest(body) if key else None)
         broker.stats["submitted"] += 1
@@ -552,6 +561,9 @@ def prometheus(app: App) -> str:
     out += ["# TYPE colab_gpu_jobs_pending gauge", f"colab_gpu_jobs_pending {broker.read(lambda r: r.pending())}"]
     out += ["# TYPE colab_gpu_workers gauge", f"colab_gpu_workers {sum(w.live(now) for w in broker.roster.workers.values())}",
             "# TYPE colab_gpu_workers_waiting gauge", f"colab_gpu_workers_waiting {len(broker.waiters)}"]
+    out += ["# TYPE colab_gpu_webhooks_total counter"]
+    out += [f'colab_gpu_webhooks_total{{event="{name}"}} {count}' for name, count in app.webhooks.stats.items()]
+    out += ["# TYPE colab_gpu_webhooks_pending gauge", f"colab_gpu_webhooks_pending {broker.read(lambda r: r.webhooks_pending())}"]
     out += ["# TYPE colab_gpu_http_requests_total counter", "# TYPE colab_gpu_http_seconds_total counter"]
     for (method, route, status), (count, seconds) in sorted(app.answers.items()):
         tags = f'method="{method if len(method) < 8 else "other"}",route="{route}",status="{status}"'
@@ -618,7 +630,7 @@ async def run_app(app: App, ready: Callable[[HTTPServer], None], stop: asyncio.E
         except OSError as e:
             raise InvalidSetting(f"The server cannot listen on {server.host}:{server.port}: {e.strerror or e}. "
                                  "Choose another --port (0 takes a free one).", field="COLAB_GPU_PORT") from None
-        tasks = [asyncio.create_task(reap_forever(broker)), asyncio.create_task(archive_forever(app))]
+        tasks = [asyncio.create_task(each) for each in (reap_forever(broker), archive_forever(app), app.webhooks.run_forever())]
         ready(server)
         await stop.wait()
         broker.close_waiting()
