@@ -28,10 +28,10 @@ log = logging.getLogger("colab_gpu.server")
 
 # %% auto #0
 __all__ = ['log', 'is_loopback', 'host_of', 'Doors', 'bearer', 'same', 'from_browser', 'query_number', 'query_words', 'label',
-           'read_ask', 'App', 'policy_of', 'Submitted', 'add_caller_routes', 'submit_image', 'image_lines', 'last_line',
-           'line', 'result_with_picture', 'listed', 'sse', 'add_worker_routes', 'lease_dict', 'worker_body', 'token_of',
-           'receive', 'finish', 'detail_of', 'flag_of', 'add_operator_routes', 'prometheus', 'describe',
-           'archive_forever', 'archive_some', 'run_app', 'QueueServer', 'serve']
+           'read_ask', 'read_info', 'App', 'policy_of', 'Submitted', 'add_caller_routes', 'submit_image', 'image_lines',
+           'last_line', 'line', 'result_with_picture', 'listed', 'sse', 'add_worker_routes', 'lease_dict',
+           'worker_body', 'token_of', 'receive', 'finish', 'detail_of', 'flag_of', 'add_operator_routes', 'prometheus',
+           'describe', 'archive_forever', 'archive_some', 'run_app', 'QueueServer', 'serve']
 
 # %% ../nbs/08_server.ipynb #6cf60b69
 _PROXY_MARKS = ("x-forwarded-for", "forwarded", "cf-connecting-ip", "x-forwarded-host", "x-real-ip", "via", "ngrok-trace-id")
@@ -155,7 +155,19 @@ def read_ask(request: Request) -> Ask:
                most=query_number(request, "max", 1, 1, 16, whole=True),
                request=label(request.headers.get("lease-request-id"), "Lease-Request-Id", None),
                standby_s=query_number(request, "standby", None, 0, 86_400),
-               session_left_s=query_number(request, "sessionLeft", None, 0, 31_536_000))
+               session_left_s=query_number(request, "sessionLeft", None, 0, 31_536_000), models=query_words(request, "models") or frozenset(),
+               paused=request.query["paused"][:300] if request.query.get("paused", "").strip() else None)
+
+def read_info(request: Request) -> dict[str, Any]:
+    "What a worker tells of its machine: accelerator, memory, models on disk, versions. Raises `InvalidPayload`."
+    info: dict[str, Any] = {k: label(request.query[k], k, None) for k in ("accelerator", "memory") if k in request.query}
+    # A disk may hold hundreds of models: the first hundred are shown, the rest is no reason to refuse work.
+    if "disk" in request.query: info["disk"] = sorted({w.strip()[:200] for w in request.query["disk"].split(",") if w.strip()})[:100]
+    pairs = [pair.partition("=") for pair in sorted(query_words(request, "versions") or ())]
+    if len(pairs) > 30 or any(not (name and equals and number) or len(name + number) > 100 for name, equals, number in pairs):
+        raise InvalidPayload("`versions` must be a comma list of at most 30 pairs, such as torch=2.13.0,diffusers=0.42.1.", field="versions")
+    if pairs: info["versions"] = {name: number for name, _, number in pairs}
+    return info
 
 # %% ../nbs/08_server.ipynb #01fb9663
 class App:
@@ -390,6 +402,14 @@ def _following(app: App) -> None:
         now = broker.now_ms()
         return json_response({"workers": [w.wire(now) for w in reversed(broker.roster.workers.values())]})
 
+    @app.route("POST", "/workers/{id}/drain", "caller", "Ask a worker, by label or instance, to finish what it has and take no more",
+               body={"drain": "false takes it back"})
+    async def drain_worker(request: Request) -> Response:
+        body = await request.json(app.body_bytes, need_type=from_browser(request)) or {}
+        if not isinstance(body, dict): raise RequestError('The body must be a JSON object such as {"drain": true}, or empty.')
+        found = rules.drain(broker, request.params["id"], flag_of(body, "drain") is not False)
+        return json_response({"workers": [w.wire(broker.now_ms()) for w in found]})
+
 async def sse(broker: Broker, job_id: str, after: str | None) -> AsyncIterator[bytes]:
     "A job's events in the format of server-sent events (WHATWG HTML, section 9.2)."
     async for event_id, kind, data in watch(broker, job_id, after):
@@ -409,11 +429,14 @@ def _leasing(app: App) -> None:
 
     @app.route("GET", "/gpu-jobs/next", "worker", "Lease the next job", waits=True,
                query={"worker": "label", "wait": "seconds, 0 to 55", "tools": "comma list", "tags": "comma list", "models": "comma list",
-                      "max": "1 to 16", "standby": "seconds", "sessionLeft": "seconds"})
+                      "max": "1 to 16", "standby": "seconds", "sessionLeft": "seconds", "disk": "models on disk, comma list",
+                      "versions": "such as torch=2.13.0,diffusers=0.42.1", "accelerator": "its name", "memory": "its size",
+                      "paused": "why the worker takes nothing just now", "drain": "1: tell me in the answer when I should drain"})
     async def next_job(request: Request) -> Response:
         ask, wait = read_ask(request), query_number(request, "wait", 0, 0, 55)
-        info: dict[str, Any] = {k: label(request.query[k], k, None) for k in ("accelerator", "memory") if k in request.query}
-        jobs = await lease_within(broker, ask, wait, sorted(query_words(request, "models") or ()), info)
+        jobs = await lease_within(broker, ask, wait, read_info(request))
+        if not jobs and request.query.get("drain") == "1" and broker.roster.meet(ask, broker.now_ms()).draining:
+            return json_response({"drain": True, "jobs": []})
         if not jobs: return Response(status=204)
         grants = [{"job": job_dict(job), **({"lease": lease_dict(job, watchers_of(broker, job.id))} if ask.fenced else {})} for job in jobs]
         return json_response({**grants[0], "jobs": grants} if "max" in request.query else grants[0])
