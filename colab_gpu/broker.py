@@ -6,7 +6,7 @@
 from __future__ import annotations
 import asyncio, json, logging, math, random, secrets, threading, time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from .errors import (ERROR_KINDS, RETRYABLE_KINDS, ColabGPUError, Conflict, IdempotencyConflict, InvalidPayload, JobEnded, JobNotFound,
@@ -139,6 +139,8 @@ def _for(ask: Ask, at: At, jobs: list[Job]) -> list[Job]:
     if ask.standby_s is None: return jobs
     return [j for j in jobs if at.now_ms - (j.not_before_ms or j.enqueued_ms) >= ask.standby_s * 1000]
 
+
+# %% ../nbs/05_broker.ipynb #6e6b28ce
 def _grant(tx: Tx, at: At, job: Job, ask: Ask, request: str | None) -> None:
     job.status, job.ready = move(job.status, "lease"), False
     job.started_ms, job.worker_id, job.worker_instance, job.lease_request = at.now_ms, ask.worker, ask.instance, request
@@ -398,26 +400,21 @@ class Waiters:
         if not bucket: self._buckets.pop(self._bucket(ask), None)
 
     def wake(self, lane: str, lasts_s: float = 0, model: str | None = None) -> bool:
-        """Wake the longest-waiting worker that serves `lane`, whose jobs are expected to last `lasts_s` seconds; false when there is none.
+        "Wake a worker for a job of `lane` that is expected to last `lasts_s` seconds: one with `model` warm, else who waited longest. Or none: false."
+        best = min(self._fit(lane, lasts_s, model), default=None)
+        if best is None: return False
+        _, number, key = best
+        _, future = self._buckets[key].pop(number)
+        if not self._buckets[key]: del self._buckets[key]
+        if not future.done(): future.set_result(lane)
+        return True
 
-        One that has `model` warm comes before those that waited longer.
-        """
-        best, warm = math.inf, math.inf
-        for bucket in self._buckets.values():
+    def _fit(self, lane: str, lasts_s: float, model: str | None) -> Iterator[tuple[bool, int, tuple[Any, ...]]]:
+        for key, bucket in self._buckets.items():
             ask, _ = next(iter(bucket.values()))
             if ask.standby_s is not None or not ask.serves(lane): continue
             number = next((n for n, (each, _) in bucket.items() if each.session_left_s is None or each.session_left_s >= lasts_s), None)
-            if number is None: continue
-            best = min(best, number)
-            if ask.has_warm(model): warm = min(warm, number)
-        if best == math.inf: return False
-        if warm < math.inf: best = warm
-        for key, bucket in list(self._buckets.items()):
-            if best in bucket:
-                ask, future = bucket.pop(int(best))
-                if not bucket: del self._buckets[key]
-                if not future.done(): future.set_result(lane)
-        return True
+            if number is not None: yield not ask.has_warm(model), number, key
 
     def wake_all(self) -> None:
         "Wake everybody: the server is stopping."
@@ -540,12 +537,6 @@ class Roster:
     def holder(self, job: Job) -> WorkerSeen | None:
         "The worker that has `job`, if it was seen."
         return self.workers.get(job.worker_instance or job.worker_id or "")
-
-    def named(self, name: str) -> list[WorkerSeen]:
-        "The workers with that label or that instance. Raises `NotFound`."
-        found = [w for w in self.workers.values() if name in (w.id, w.instance)]
-        if not found: raise NotFound(f"No worker {name[:100]} was seen in the last hour: GET /workers lists them.", code="worker_not_found")
-        return found
 
     def why_waiting(self, job: Job, now_ms: int, lasts_s: float = 0) -> str | None:
         "Why no live worker can take `job`, which is expected to last `lasts_s` seconds, in a sentence; `None` when one can."
@@ -751,7 +742,8 @@ def _servable(broker: Broker, ask: Ask) -> Callable[[str], bool] | None:
 # %% ../nbs/05_broker.ipynb #e4f23608
 def drain(broker: Broker, name: str, on: bool = True) -> list[WorkerSeen]:
     "Ask the workers with that label or instance to finish what they have and take no more; `on` false takes it back. Raises `NotFound`."
-    found = broker.roster.named(name)
+    found = [w for w in broker.roster.workers.values() if name in (w.id, w.instance)]
+    if not found: raise NotFound(f"No worker {name[:100]} was seen in the last hour: GET /workers lists them.", code="worker_not_found")
     for worker in found:
         worker.draining, worker.told = on, False
         for ear in worker.ears: ear.set()

@@ -158,6 +158,8 @@ def read_ask(request: Request) -> Ask:
                session_left_s=query_number(request, "sessionLeft", None, 0, 31_536_000), models=query_words(request, "models") or frozenset(),
                paused=request.query["paused"][:300] if request.query.get("paused", "").strip() else None)
 
+
+# %% ../nbs/08_server.ipynb #b05aef62
 def read_info(request: Request) -> dict[str, Any]:
     "What a worker tells of its machine: accelerator, memory, models on disk, versions. Raises `InvalidPayload`."
     info: dict[str, Any] = {k: label(request.query[k], k, None) for k in ("accelerator", "memory") if k in request.query}
@@ -449,6 +451,8 @@ def _leasing(app: App) -> None:
         return json_response({"leaseSeconds": answer.lease_s, "cancelRequested": answer.cancel_requested, "drain": answer.drain,
                               "watchers": answer.watchers})
 
+
+# %% ../nbs/08_server.ipynb #ad30f3b0
 def lease_dict(job: Job, watchers: int = 0) -> dict[str, Any]:
     "A lease on the wire, and how many follow the job already. Three heartbeats fit into it."
     return {"token": job.lease_token, "seconds": job.lease_s, "heartbeatSeconds": round((job.lease_s or 0) / 3, 3), "watchers": watchers}
