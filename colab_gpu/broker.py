@@ -400,7 +400,7 @@ class Waiters:
         if not bucket: self._buckets.pop(self._bucket(ask), None)
 
     def wake(self, lane: str, lasts_s: float = 0, model: str | None = None) -> bool:
-        "Wake a worker for a job of `lane` that is expected to last `lasts_s` seconds: one with `model` warm, else who waited longest. Or none: false."
+        "Wake a worker for a job of `lane` that is expected to last `lasts_s` seconds: with `model` warm, else the longest waiting. False: nobody."
         best = min(self._fit(lane, lasts_s, model), default=None)
         if best is None: return False
         _, number, key = best
