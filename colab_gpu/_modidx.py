@@ -1079,6 +1079,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'colab_gpu.webhooks._answer': ('webhooks.html#_answer', 'colab_gpu/webhooks.py'),
                                     'colab_gpu.webhooks._attempt': ('webhooks.html#_attempt', 'colab_gpu/webhooks.py'),
                                     'colab_gpu.webhooks._reason': ('webhooks.html#_reason', 'colab_gpu/webhooks.py'),
+                                    'colab_gpu.webhooks._record': ('webhooks.html#_record', 'colab_gpu/webhooks.py'),
                                     'colab_gpu.webhooks._seconds': ('webhooks.html#_seconds', 'colab_gpu/webhooks.py'),
                                     'colab_gpu.webhooks.check_webhook': ('webhooks.html#check_webhook', 'colab_gpu/webhooks.py'),
                                     'colab_gpu.webhooks.deliver': ('webhooks.html#deliver', 'colab_gpu/webhooks.py'),

@@ -265,7 +265,8 @@ def note_attempt(tx: Tx, at: At, job_id: str, attempt: Attempt, policy: WebhookP
 # %% ../nbs/07a_webhooks.ipynb #31091ea2
 class Webhooks:
     "Delivers the notes of a broker's jobs, for as long as `run_forever` runs; `stats` counts them."
-    def __init__(self, broker: Broker, policy: WebhookPolicy, resolve: Resolve | None = None) -> None:
+    def __init__(self, broker: Broker, policy: WebhookPolicy, resolve: Resolve | None = None, again_s: float = 5) -> None:
+        self.again_s = again_s  # after a failure of the store
         self.broker, self.policy, self.sender, self.news = broker, policy, Sender(policy, resolve), asyncio.Event()
         self.under_way: dict[str, tuple[str, asyncio.Task[None]]] = {}
         self.stats = dict.fromkeys(("delivered", "failed", "retried"), 0)
@@ -290,7 +291,7 @@ class Webhooks:
                     now, next_ms = self.broker.now_ms(), self.broker.read(lambda r: r.next_webhook_ms(self.broker.now_ms()))
                 except ColabGPUError as e:
                     log.warning("webhooks wait: %s", e)
-                    now, next_ms = 0, 5_000
+                    now, next_ms = 0, round(self.again_s * 1000)
                 left_s = 60 if next_ms is None else min(60, (next_ms - now) / 1000)
                 try: await asyncio.wait_for(self.news.wait(), left_s)
                 except TimeoutError: pass
@@ -309,22 +310,30 @@ def check_webhook(policy: WebhookPolicy, url: str) -> None:
     if not may_reach(address, policy.networks): raise InvalidPayload(f"`webhook`: {forbidden(host)}", field="webhook")
 
 async def deliver(hooks: Webhooks, job_id: str) -> None:
-    "Make one attempt for a job's note, and record it. A store that cannot write is told about later; the note then goes out again."
+    "Make one attempt for a job's note, and record it."
     try:
         job = hooks.broker.get(job_id)
         if job.webhook_due_ms is None or job.webhook is None: return
         attempt = await _attempt(hooks, job)
-        noted = await hooks.broker.acall(note_attempt, job_id, attempt, hooks.policy)
+        noted = await _record(hooks, job_id, attempt)
         if noted is None: return
         word = "delivered" if not attempt.said else "failed" if noted.webhook_due_ms is None else "retried"
         hooks.stats[word] += 1
         if word != "delivered": log.warning("the webhook of job %s to %s: %s", job_id, urlsplit(job.webhook).hostname, attempt.said)
     except ColabGPUError as e:
         log.warning("the webhook of job %s waits: %s", job_id, e)
-        await asyncio.sleep(5)
+        await asyncio.sleep(hooks.again_s)
     finally:
         hooks.under_way.pop(job_id, None)
         hooks.news.set()
+
+async def _record(hooks: Webhooks, job_id: str, attempt: Attempt) -> Job | None:
+    "Record an attempt, for as long as it takes. A disk that is full must not make the receiver get its note again and again."
+    while True:
+        try: return await hooks.broker.acall(note_attempt, job_id, attempt, hooks.policy)
+        except Unavailable as e:
+            log.warning("what became of the webhook of job %s cannot be written yet: %s", job_id, e)
+            await asyncio.sleep(hooks.again_s)
 
 async def _attempt(hooks: Webhooks, job: Job) -> Attempt:
     secret, body, now_s = hooks.policy.secret, message(job), int(hooks.broker.clock())

@@ -74,6 +74,11 @@ def test_the_look_ahead_is_bounded_and_keeps_to_one_priority(store):
     assert leases(store, warm, Passed(), 1)[0].id == high.id
 
 
+def test_the_look_ahead_is_one_for_all_lanes(store):
+    jobs = queue(store, *(JobSpec(("draw", "chat")[n % 2], model="cold") for n in range(16)), JobSpec("draw", model="warm"))
+    assert leases(store, Ask("w", models=frozenset({"warm"})), Passed(), 1)[0].id == jobs[0].id, "ninth of its lane, seventeenth of all"
+
+
 def test_lanes_are_looked_at_together(store):
     jobs = queue(store, JobSpec("chat", model="cold"), JobSpec("draw", model="cold"), JobSpec("draw", model="warm", requirements=("big",)), JobSpec("chat", model="warm"))
     ask = Ask("w", models=frozenset({"warm"}), tags=frozenset({"big"}), tools=frozenset({"draw", "chat"}))

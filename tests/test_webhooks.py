@@ -1,17 +1,28 @@
 """Webhooks between real processes: our server, a worker, and a receiver that is busy, hangs, redirects, or talks nonsense."""
 
+import asyncio
 import base64
 import hashlib
 import hmac
 import http.client
 import json
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
+
+from colab_gpu import broker as rules
+from colab_gpu.broker import Broker
+from colab_gpu.errors import Unavailable
+from colab_gpu.jobs import JobSpec
+from colab_gpu.store import MemoryStore
+from colab_gpu.webhooks import Webhooks, WebhookPolicy
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "worker-token-for-tests"
@@ -292,6 +303,46 @@ def test_secrets_reach_neither_the_log_nor_other_callers(serve, receiver):
     for secret in ("p4th-secret", "qu3ry-secret", "fr4gment", SECRET):
         assert secret not in said
     assert f"the webhook of job {job_id} to 127.0.0.1: It answered 503." in said
+
+
+def test_the_receiver_in_the_readme(serve, processes):
+    [block] = [code for code in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S) if "webhooks import verify" in code]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server, receiver = serve(**HERE, GPU_WEBHOOK_ATTEMPTS=100), processes(sys.executable, "-c", block.replace("8000", str(port)), GPU_WEBHOOK_SECRET=SECRET, PYTHONPATH=ROOT)
+    job_id = ended(server, f"http://127.0.0.1:{port}/done")
+    receiver.wait_for(f"^job.canceled {job_id}$")
+    status_of(server, job_id, "delivered")
+    server.kill()
+    job_id = ended(server := serve(**HERE | {"GPU_WEBHOOK_SECRET": SECRET[::-1]}, GPU_WEBHOOK_ATTEMPTS=1), f"http://127.0.0.1:{port}/done")
+    assert status_of(server, job_id, "failed")["lastStatus"] is None and not any(job_id in str(line) for line in receiver.lines)
+
+
+def test_a_full_disk_does_not_repeat_the_note(receiver):
+    """The store cannot write what became of an attempt: the attempt is written down later, not made again."""
+    class Full(MemoryStore):
+        refusals = 3
+
+        def post(self, op, ticket):
+            if self.refusals and receiver.notes:
+                self.refusals -= 1
+                return ticket.land(None, Unavailable("The disk is full."))
+            return super().post(op, ticket)
+
+    async def main():
+        broker = Broker(Full(), on_end=lambda job: hooks.news.set())
+        hooks = Webhooks(broker, WebhookPolicy(SECRET, (ip_network("127.0.0.0/8"),)), again_s=0.01)
+        broker.bind()
+        running = asyncio.create_task(hooks.run_forever())
+        job = await broker.acall(rules.submit, JobSpec("errand", webhook=receiver.url))
+        await broker.acall(rules.cancel, job.id)
+        while broker.get(job.id).webhook_due_ms is not None:
+            await asyncio.sleep(0.01)
+        running.cancel()
+        return broker.store.refusals, broker.get(job.id).webhook_status["attempts"]
+
+    assert asyncio.run(asyncio.wait_for(main(), LONG_S)) == (0, 1) and len(receiver.notes) == 1
 
 
 # ---- TLS
