@@ -878,6 +878,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'colab_gpu.server.lease_dict': ('server.html#lease_dict', 'colab_gpu/server.py'),
                                   'colab_gpu.server.line': ('server.html#line', 'colab_gpu/server.py'),
                                   'colab_gpu.server.listed': ('server.html#listed', 'colab_gpu/server.py'),
+                                  'colab_gpu.server.plain': ('server.html#plain', 'colab_gpu/server.py'),
                                   'colab_gpu.server.policy_of': ('server.html#policy_of', 'colab_gpu/server.py'),
                                   'colab_gpu.server.prometheus': ('server.html#prometheus', 'colab_gpu/server.py'),
                                   'colab_gpu.server.query_number': ('server.html#query_number', 'colab_gpu/server.py'),

@@ -28,10 +28,10 @@ log = logging.getLogger("colab_gpu.server")
 
 # %% auto #0
 __all__ = ['log', 'is_loopback', 'host_of', 'Doors', 'bearer', 'same', 'from_browser', 'query_number', 'query_words', 'label',
-           'read_ask', 'read_info', 'App', 'policy_of', 'Submitted', 'add_caller_routes', 'submit_image', 'image_lines',
-           'last_line', 'line', 'result_with_picture', 'listed', 'sse', 'add_worker_routes', 'lease_dict',
-           'worker_body', 'token_of', 'receive', 'finish', 'detail_of', 'flag_of', 'add_operator_routes', 'prometheus',
-           'describe', 'archive_forever', 'archive_some', 'run_app', 'QueueServer', 'serve']
+           'read_ask', 'plain', 'read_info', 'App', 'policy_of', 'Submitted', 'add_caller_routes', 'submit_image',
+           'image_lines', 'last_line', 'line', 'result_with_picture', 'listed', 'sse', 'add_worker_routes',
+           'lease_dict', 'worker_body', 'token_of', 'receive', 'finish', 'detail_of', 'flag_of', 'add_operator_routes',
+           'prometheus', 'describe', 'archive_forever', 'archive_some', 'run_app', 'QueueServer', 'serve']
 
 # %% ../nbs/08_server.ipynb #6cf60b69
 _PROXY_MARKS = ("x-forwarded-for", "forwarded", "cf-connecting-ip", "x-forwarded-host", "x-real-ip", "via", "ngrok-trace-id")
@@ -156,7 +156,11 @@ def read_ask(request: Request) -> Ask:
                request=label(request.headers.get("lease-request-id"), "Lease-Request-Id", None),
                standby_s=query_number(request, "standby", None, 0, 86_400),
                session_left_s=query_number(request, "sessionLeft", None, 0, 31_536_000), models=query_words(request, "models") or frozenset(),
-               paused=request.query["paused"][:300] if request.query.get("paused", "").strip() else None)
+               paused=plain(request.query.get("paused", ""), 300) or None)
+
+def plain(text: str, most: int) -> str:
+    "Text of at most `most` characters that can be shown on a terminal: what isn't printable becomes a blank."
+    return "".join(c if c.isprintable() else " " for c in text[:most]).strip()
 
 
 # %% ../nbs/08_server.ipynb #b05aef62
@@ -164,7 +168,7 @@ def read_info(request: Request) -> dict[str, Any]:
     "What a worker tells of its machine: accelerator, memory, models on disk, versions. Raises `InvalidPayload`."
     info: dict[str, Any] = {k: label(request.query[k], k, None) for k in ("accelerator", "memory") if k in request.query}
     # A disk may hold hundreds of models: the first hundred are shown, the rest is no reason to refuse work.
-    if "disk" in request.query: info["disk"] = sorted({w.strip()[:200] for w in request.query["disk"].split(",") if w.strip()})[:100]
+    if "disk" in request.query: info["disk"] = sorted({name for w in request.query["disk"].split(",") if (name := plain(w, 200))})[:100]
     pairs = [pair.partition("=") for pair in sorted(query_words(request, "versions") or ())]
     if len(pairs) > 30 or any(not (name and equals and number) or len(name + number) > 100 for name, equals, number in pairs):
         raise InvalidPayload("`versions` must be a comma list of at most 30 pairs, such as torch=2.13.0,diffusers=0.42.1.", field="versions")

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import http.client
 import json
+import random
 import re
 import shutil
 import socket
@@ -248,6 +249,23 @@ def test_kill_9_while_the_note_is_on_its_way(serve, receiver):
     notes = receiver.wait_for(2)
     assert [note["headers"]["webhook-id"] for note in notes] == [job_id, job_id] and notes[0]["body"] == notes[1]["body"]
     assert status_of(server, job_id, "delivered")["attempts"] == 1, "an attempt of which nothing is known does not count"
+
+
+def test_kills_at_random_lose_no_note(serve, receiver):
+    """Sixty jobs end while the server is killed four times; every one is told, each note genuine, whatever came twice being the same."""
+    server, chance, jobs = serve(**HERE, GPU_WEBHOOK_ATTEMPTS=100), random.Random(7), []
+    for n in range(60):
+        jobs.append(ended(server, f"{receiver.url}/{chance.choice(['done', 'busy/1', 'busy/2'])}?n={n}"))
+        if n % 15 == 14:
+            server.kill()
+            server.start()
+    for job_id in jobs:
+        assert status_of(server, job_id, "delivered")["lastStatus"] == 200
+    bodies = {}
+    for note in receiver.notes:
+        assert genuine(note)["data"]["job"]["id"] == note["headers"]["webhook-id"]
+        bodies.setdefault(note["headers"]["webhook-id"], set()).add(note["body"])
+    assert bodies.keys() == set(jobs) and all(len(each) == 1 for each in bodies.values()) and counters(server)["pending"] == 0
 
 
 def test_a_server_that_lost_its_secret_says_so(serve, processes, tmp_path):
