@@ -95,6 +95,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'colab_gpu.broker._give_back': ('broker.html#_give_back', 'colab_gpu/broker.py'),
                                   'colab_gpu.broker._grant': ('broker.html#_grant', 'colab_gpu/broker.py'),
                                   'colab_gpu.broker._hand_back': ('broker.html#_hand_back', 'colab_gpu/broker.py'),
+                                  'colab_gpu.broker._idle': ('broker.html#_idle', 'colab_gpu/broker.py'),
                                   'colab_gpu.broker._live_claim': ('broker.html#_live_claim', 'colab_gpu/broker.py'),
                                   'colab_gpu.broker._orders': ('broker.html#_orders', 'colab_gpu/broker.py'),
                                   'colab_gpu.broker._plain': ('broker.html#_plain', 'colab_gpu/broker.py'),

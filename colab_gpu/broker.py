@@ -698,7 +698,8 @@ async def lease_within(broker: Broker, ask: Ask, wait_s: float = 0, info: Mappin
             number = broker.waiters.add(ask, wake) if wait_s else 0
             if number: worker.polls[number] = wake
             try:
-                jobs = await broker.acall(lease, ask, _servable(broker, ask), broker.passed, undo=lambda jobs: _give_back(broker, jobs))
+                may = _servable(broker, ask, ahead=not wait_s and bool(worker.jobs))
+                jobs = await broker.acall(lease, ask, may, broker.passed, undo=lambda jobs: _give_back(broker, jobs))
                 owed = owed - {job.lane for job in jobs} if jobs else set()
                 left = deadline - broker.clock()
                 if jobs or left <= 0 or broker.closing:
@@ -729,15 +730,24 @@ def _ungrant(tx: Tx, at: At, granted: Job) -> None:
 def _wake(broker: Broker, lane: str, model: str | None = None) -> None:
     broker.waiters.wake(lane, broker.pace.get(lane_parts(lane)[0], 0), model)
 
-def _servable(broker: Broker, ask: Ask) -> Callable[[str], bool] | None:
-    "What this worker must leave alone: jobs longer than its session; as a standby, lanes that a regular worker serves."
-    if ask.standby_s is None and ask.session_left_s is None: return None
+
+# %% ../nbs/05_broker.ipynb #6cdac651
+def _servable(broker: Broker, ask: Ask, ahead: bool = False) -> Callable[[str], bool] | None:
+    "What a worker must leave alone: what outlasts its session; as a standby, lanes of regular workers; looking `ahead`, those of idle ones."
+    if ask.standby_s is None and ask.session_left_s is None and not ahead: return None
     now, left = broker.now_ms(), ask.session_left_s if ask.session_left_s is not None else math.inf
     regulars = [w for w in broker.roster.workers.values() if w.live(now) and w.ask.standby_s is None and w.able]
     def servable(name: str) -> bool:
-        if broker.pace.get(lane_parts(name)[0], 0) > left: return False
+        lasts_s = broker.pace.get(lane_parts(name)[0], 0)
+        if lasts_s > left or (ahead and _idle(broker, name, lasts_s)): return False
         return ask.standby_s is None or not any(w.ask.serves(name) for w in regulars)
     return servable
+
+def _idle(broker: Broker, lane: str, lasts_s: float) -> bool:
+    "Whether somebody waits who would be woken for a job of `lane`, or was woken this very moment."
+    if next(broker.waiters._fit(lane, lasts_s, None), None) is not None: return True
+    woken = (wake for w in broker.roster.workers.values() for wake in w.polls.values() if wake.done() and not wake.cancelled())
+    return any(wake.result() == lane for wake in woken)
 
 # %% ../nbs/05_broker.ipynb #e4f23608
 def drain(broker: Broker, name: str, on: bool = True) -> list[WorkerSeen]:

@@ -146,6 +146,27 @@ def test_the_waiting_worker_that_has_the_model_is_woken():
     assert asyncio.run(main()) == [2, 3, 0, 1], "the warm ones as long as there are any, then who has waited longest"
 
 
+@pytest.mark.parametrize("turns", range(6))
+def test_who_looks_ahead_leaves_a_job_to_who_sits_idle(turns, tmp_path):
+    """However close the question comes to the submit: in the same commit, or when the idle one has been woken and has not looked yet."""
+    async def main(broker):
+        await broker.acall(rules.submit, JobSpec("errand"))
+        busy = Ask("busy", "busy")
+        [first] = await lease_within(broker, busy)
+        idle = asyncio.create_task(lease_within(broker, Ask("idle", "idle"), 600))
+        while len(broker.waiters) < 1: await asyncio.sleep(0)
+        await broker.acall(lambda tx, at: None)
+        submitted = asyncio.create_task(broker.acall(rules.submit, JobSpec("errand")))
+        for _ in range(turns): await asyncio.sleep(0)
+        assert await lease_within(broker, busy) == []
+        assert [job.id for job in await idle] == [(await submitted).id]
+        other = await broker.acall(rules.submit, JobSpec("errand"))
+        assert [job.id for job in await lease_within(broker, busy)] == [other.id], "nobody sits idle any more"
+        return first
+
+    loop(main, SQLiteStore(tmp_path / "queue.db"))
+
+
 # ---- why a job waits
 
 
@@ -180,9 +201,9 @@ def test_standing_knows_the_tools_pace():
 # ---- draining and pausing
 
 
-def loop(main):
+def loop(main, store=None):
     async def body():
-        broker = Broker(MemoryStore())
+        broker = Broker(store or MemoryStore())
         broker.bind()
         try: return await asyncio.wait_for(main(broker), LONG_S)
         finally: await broker.unbind()
