@@ -13,16 +13,17 @@ from typing import Any
 from . import __version__
 from .client import Chat, Client, Event, RemoteJob, Transport
 from .config import SETTINGS, Settings
-from .gpu import Arbiter, Device, accelerator_info, find_device
+from .gpu import Arbiter, Device, accelerator_info, find_device, installed_versions
 from .errors import ColabGPUError, ConnectionFailed, ExecutionError, InvalidPayload, InvalidSetting
 from .jobs import ImagenRequest
 
 # %% auto #0
 __all__ = ['NEEDS_IMAGES', 'NEEDS_CHAT', 'say', 'show', 'Progress', 'job_line', 'show_job', 'follow', 'read_payload',
            'read_json_file', 'cmd_serve', 'cmd_submit', 'cmd_status', 'cmd_cancel', 'cmd_retry', 'cmd_wait', 'cmd_jobs',
-           'cmd_events', 'image_payload', 'cmd_imagine', 'cmd_replay', 'chat_payload', 'cmd_chat', 'canceled_with_us',
-           'executors_here', 'chat_executors', 'preload_chat', 'cmd_worker', 'cmd_demo', 'cmd_settings', 'checks',
-           'cmd_doctor', 'build_parser', 'run_command', 'main', 'helper_parser', 'helper_body', 'mcp_gpu_job']
+           'cmd_events', 'worker_line', 'cmd_workers', 'cmd_drain', 'image_payload', 'cmd_imagine', 'cmd_replay',
+           'chat_payload', 'cmd_chat', 'canceled_with_us', 'executors_here', 'chat_executors', 'preload_chat',
+           'cmd_worker', 'cmd_demo', 'cmd_settings', 'checks', 'cmd_doctor', 'build_parser', 'run_command', 'main',
+           'helper_parser', 'helper_body', 'mcp_gpu_job']
 
 # %% ../nbs/20_cli.ipynb #f8a99289
 def say(text: str) -> None:
@@ -133,7 +134,7 @@ def cmd_serve(args: argparse.Namespace) -> int:
 def cmd_submit(args: argparse.Namespace) -> int:
     client = _client(args)
     job = client.submit(args.tool, read_payload(args.payload, args.payload_file, args.pairs), key=args.key, priority=args.priority,
-                        maxAttempts=args.max_attempts, requirements=args.require or None)
+                        maxAttempts=args.max_attempts, requirements=args.require or None, webhook=args.webhook)
     if not args.wait: return show_job(job, args.json)
     return show_job(_or_cancel(client, job, args.timeout), args.json)
 
@@ -164,6 +165,29 @@ def cmd_events(args: argparse.Namespace) -> int:
     for event in _client(args).events(args.id):
         data = json.dumps(event.data, ensure_ascii=False)
         print(json.dumps({"event": event.kind, "data": event.data}, ensure_ascii=False) if args.json else f"{event.kind:9} {data[:300]}", flush=True)
+    return 0
+
+# %% ../nbs/20_cli.ipynb #2a5b39f8
+def worker_line(data: dict[str, Any]) -> str:
+    "A worker on one line."
+    state = ("gone" if not data["live"] else "paused" if data.get("paused") else "draining" if data.get("draining")
+             else "busy" if data["jobs"] else "waiting" if data["waiting"] else "idle")
+    what = ", ".join(data["tools"] or ["any tool"]) + (f"; warm: {', '.join(data['models'])}" if data["models"] else "")
+    why = f": {data['paused']}" if data.get("paused") else ""
+    return f"{data['id']:14} {state:9} {data.get('accelerator') or '-':24} {what}{why}"
+
+def cmd_workers(args: argparse.Namespace) -> int:
+    workers = _client(args).transport.call("GET", "/workers")["workers"]
+    if args.json: show(workers)
+    else: print("\n".join(map(worker_line, workers)) or "no workers")
+    return 0
+
+def cmd_drain(args: argparse.Namespace) -> int:
+    from urllib.parse import quote
+    path = f"/workers/{quote(args.worker, safe='')}/drain"
+    workers = _client(args).transport.call("POST", path, body={"drain": not args.off})["workers"]
+    if args.json: show(workers)
+    else: print("\n".join(map(worker_line, workers)))
     return 0
 
 # %% ../nbs/20_cli.ipynb #90c299a5
@@ -280,7 +304,8 @@ def cmd_worker(args: argparse.Namespace) -> int:
     from colab_gpu.worker import Worker, run_until_interrupted
     settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id, WORKER_MAX_BATCH=args.max_batch)
     device = find_device()
-    worker = Worker(executors_here(settings, device), settings, log=lambda text: print(text, flush=True), info=accelerator_info(device))
+    worker = Worker(executors_here(settings, device), settings, log=lambda text: print(text, flush=True),
+                    info={**accelerator_info(device), "versions": installed_versions()})
     if not worker.tools: raise ExecutionError(f"This machine has none of the tools. {NEEDS_IMAGES}. {NEEDS_CHAT}")
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what we started ends
     try:
@@ -429,6 +454,7 @@ def _add_jobs(add: Callable[..., argparse.ArgumentParser]) -> None:
     submit.add_argument("--key", help="idempotency key")
     submit.add_argument("--max-attempts", type=int)
     submit.add_argument("--require", action="append", metavar="TAG", help="a tag the worker must have; may be repeated")
+    submit.add_argument("--webhook", metavar="URL", help="address that the server tells of the end")
     submit.add_argument("--wait", action="store_true", help="wait for the end and print the result")
     submit.add_argument("--timeout", type=_seconds, metavar="S", help="seconds to wait")
     for name, run, text in (("status", cmd_status, "Look a job up"), ("wait", cmd_wait, "Wait for a job to end"),
@@ -443,6 +469,10 @@ def _add_jobs(add: Callable[..., argparse.ArgumentParser]) -> None:
     jobs.add_argument("--tool")
     jobs.add_argument("--limit", type=int, default=20, help="1 to 200")
     jobs.add_argument("--before", metavar="ID", help="older than this job")
+    add("workers", cmd_workers, "List the workers seen lately")
+    drain = add("drain", cmd_drain, "Ask a worker to finish what it has and take no more")
+    drain.add_argument("worker", help="its label or its instance")
+    drain.add_argument("--off", action="store_true", help="let it work again")
 
 def _add_images(add: Callable[..., argparse.ArgumentParser]) -> None:
     imagine = add("imagine", cmd_imagine, "Draw a picture through the queue")

@@ -11,8 +11,8 @@ from typing import Any
 from .errors import InvalidSetting
 
 # %% auto #0
-__all__ = ['SETTINGS', 'number', 'flag', 'words', 'limits', 'choice', 'base_url', 'Setting', 'colab_secrets', 'Settings',
-           'apply_overrides']
+__all__ = ['SETTINGS', 'number', 'flag', 'words', 'limits', 'choice', 'base_url', 'networks', 'signing_secret', 'Setting',
+           'colab_secrets', 'Settings', 'apply_overrides']
 
 # %% ../nbs/01_config.ipynb #61612a66
 def number(low: float, high: float, *, whole: bool = False) -> Callable[[str], Any]:
@@ -60,6 +60,23 @@ def base_url(text: str) -> str:
     if parts.username or parts.password: raise ValueError("must not carry a user name or password")
     return text.strip().rstrip("/")
 
+# %% ../nbs/01_config.ipynb #4e6f3fa4
+def networks(text: str) -> tuple[Any, ...]:
+    "A caster for a comma list of IP networks, such as 10.0.0.0/8 or ::1."
+    from ipaddress import ip_network
+    try: return tuple(ip_network(part) for part in words(text))
+    except ValueError: raise ValueError("must be a comma list of networks such as 10.0.0.0/8 or 127.0.0.1") from None
+
+def signing_secret(text: str) -> str:
+    "A caster for what signs webhooks: 24 characters or more; after `whsec_` they are base64 (Standard Webhooks)."
+    from base64 import b64decode
+    body = text.removeprefix("whsec_")
+    try: fine = len(body) >= 24 and text.isascii() and (body == text or b64decode(body, validate=True))
+    except ValueError: fine = False
+    how = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
+    if not fine: raise ValueError(f"must be 24 characters or more, or `whsec_` and base64: {how}")
+    return text
+
 # %% ../nbs/01_config.ipynb #8039a7fe
 @dataclass(frozen=True)
 class Setting:
@@ -95,6 +112,15 @@ _ROWS += [
     Setting("GPU_MAX_ARTIFACT_BYTES", str(512 << 20), number(1024, 1 << 40, whole=True), "Largest artifact, bytes", "server"),
     Setting("GPU_SHUTDOWN_SECONDS", "10", number(0, 600), "Time that open requests get when the server stops, seconds", "server"),
     Setting("GPU_LOG_REQUESTS", "0", flag, "Write a line for each request", "server"),
+]
+
+# %% ../nbs/01_config.ipynb #e0be990a
+_ROWS += [
+    Setting("GPU_WEBHOOK_SECRET", "", signing_secret, "Secret that signs webhooks, 24 characters or more; without one none are sent", "server", True),
+    Setting("GPU_WEBHOOK_NETWORKS", "", networks, "Private networks that webhooks may reach, such as 10.0.0.0/8; blank for none", "server"),
+    Setting("GPU_WEBHOOK_ATTEMPTS", "8", number(1, 100, whole=True), "Attempts to deliver a webhook, within a day of the job's end", "server"),
+    Setting("GPU_WEBHOOK_RETRY_SECONDS", "5", number(0.01, 3600), "First back-off of a webhook, seconds; quadruples up to an hour", "server"),
+    Setting("GPU_WEBHOOK_TIMEOUT_SECONDS", "10", number(0.1, 60), "Time for one attempt, from the name's look-up to the answer, seconds", "server"),
 ]
 
 # %% ../nbs/01_config.ipynb #c858a15e

@@ -27,7 +27,7 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 MUST_NOT_KNOW = {
     "errors": {"*"}, "config": {"httpd", "server"}, "jobs": {"store", "broker", "sqlite3", "time"}, "store": {"broker", "httpd"},
     "postgres": {"broker", "httpd"}, "broker": {"httpd", "sqlite3", "psycopg"}, "archive": {"broker", "store"},
-    "httpd": {"config", "jobs", "store", "broker", "archive"}, "server": {"sqlite3", "psycopg"}, "openai_api": {"sqlite3", "psycopg"},
+    "httpd": {"config", "jobs", "store", "broker", "archive"}, "webhooks": {"httpd", "archive", "config", "sqlite3", "psycopg"}, "server": {"sqlite3", "psycopg"}, "openai_api": {"sqlite3", "psycopg"},
     "ollama_api": {"sqlite3", "psycopg"}, "sdapi": {"sqlite3", "psycopg"}, "gpu": {"jobs"}, "images": {"httpd", "server", "client"},
     "schedulers": {"*"}, "pictures": {"httpd", "server", "client"}, "models": {"httpd", "server", "client", "torch", "diffusers"},
     "pipelines": {"httpd", "server", "client", "jobs"}, "painting": {"httpd", "server", "client", "config"},
@@ -37,7 +37,7 @@ MUST_NOT_KNOW = {
 }
 # What a room must not reach at all, through whatever it imports: server and worker meet at the contract alone.
 OUT_OF_REACH = {
-    "server": {"client", "worker", "images", "chat", "gpu"}, "worker": {"server", "store", "broker", "httpd"},
+    "server": {"client", "worker", "images", "chat", "gpu"}, "webhooks": {"server", "client", "worker"}, "worker": {"server", "store", "broker", "httpd"},
     "client": {"server", "store", "broker", "httpd", "worker"}, "images": {"server", "worker"}, "daemon": {"server", "worker"}, "chat": {"server", "worker"},
 }
 # Third-party names live in one room each (`cli`: what `colab-gpu doctor` looks at).
