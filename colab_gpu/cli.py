@@ -15,13 +15,15 @@ from .client import Chat, Client, Event, RemoteJob, Transport
 from .config import SETTINGS, Settings
 from .gpu import Arbiter, Device, accelerator_info, find_device
 from .errors import ColabGPUError, ConnectionFailed, ExecutionError, InvalidPayload, InvalidSetting
+from .tools import beside, load_tools
 
 # %% auto #0
 __all__ = ['NEEDS_IMAGES', 'NEEDS_CHAT', 'say', 'show', 'Progress', 'job_line', 'show_job', 'follow', 'read_payload',
            'read_json_file', 'cmd_serve', 'cmd_submit', 'cmd_status', 'cmd_cancel', 'cmd_retry', 'cmd_wait', 'cmd_jobs',
            'cmd_events', 'image_payload', 'cmd_imagine', 'cmd_replay', 'chat_payload', 'cmd_chat', 'canceled_with_us',
-           'executors_here', 'chat_executors', 'preload_chat', 'cmd_worker', 'cmd_demo', 'cmd_settings', 'checks',
-           'cmd_doctor', 'build_parser', 'run_command', 'main', 'helper_parser', 'helper_body', 'mcp_gpu_job']
+           'executors_here', 'chat_executors', 'preload_chat', 'worker_executors', 'cmd_worker', 'cmd_demo',
+           'cmd_settings', 'checks', 'cmd_doctor', 'build_parser', 'run_command', 'main', 'helper_parser',
+           'helper_body', 'mcp_gpu_job']
 
 # %% ../nbs/20_cli.ipynb #f8a99289
 def say(text: str) -> None:
@@ -271,15 +273,22 @@ def preload_chat(executors: Sequence[Any], settings: Settings) -> None:
             try: executor.preload()
             except ColabGPUError as e: print(f"[ollama] {e.message}", flush=True)
 
+# %% ../nbs/20_cli.ipynb #6ac866dd
+def worker_executors(settings: Settings, device: Device) -> list[Any]:
+    "What a worker with these settings serves: the tools of WORKER_LOAD, and the built-in ones. Raises `InvalidSetting`."
+    own, wanted = load_tools(settings["WORKER_LOAD"]), settings["WORKER_TOOLS"]
+    if wanted and {*wanted} <= {executor.tool for executor in own}: return [*own]
+    return beside(executors_here(settings, device), own, say)
+
 # %% ../nbs/20_cli.ipynb #5c1e77a1
 NEEDS_IMAGES = 'Drawing needs more packages: pip install "colab-gpu[images]"'
 NEEDS_CHAT = 'Chatting needs Ollama (https://ollama.com/download) and a package: pip install "colab-gpu[chat]"'
 
 def cmd_worker(args: argparse.Namespace) -> int:
     from colab_gpu.worker import Worker, run_until_interrupted
-    settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id, WORKER_MAX_BATCH=args.max_batch)
+    settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id, WORKER_MAX_BATCH=args.max_batch, WORKER_LOAD=args.load)
     device = find_device()
-    worker = Worker(executors_here(settings, device), settings, log=lambda text: print(text, flush=True), info=accelerator_info(device))
+    worker = Worker(worker_executors(settings, device), settings, log=lambda text: print(text, flush=True), info=accelerator_info(device))
     if not worker.tools: raise ExecutionError(f"This machine has none of the tools. {NEEDS_IMAGES}. {NEEDS_CHAT}")
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what we started ends
     try:
@@ -414,6 +423,8 @@ def _add_running(add: Callable[..., argparse.ArgumentParser]) -> None:
     worker = add("worker", cmd_worker, "Run jobs on this machine")
     worker.add_argument("--once", action="store_true", help="run one job, then stop")
     worker.add_argument("--tools", help="tools to serve, comma list")
+    worker.add_argument("--load", action="append", metavar="FILE_OR_MODULE",
+                        help="serve the tools that it registers with @tool too; may be repeated (WORKER_LOAD)")
     worker.add_argument("--id", help="label shown in job history (WORKER_ID)")
     worker.add_argument("--max-batch", type=int, metavar="N", help="most jobs to run in one batch, 1 to 16 (WORKER_MAX_BATCH)")
 

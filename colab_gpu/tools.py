@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
-from .errors import ExecutionError, Interrupted, InvalidPayload, InvalidSetting, Transient
+from .errors import Interrupted, InvalidPayload, InvalidSetting, Transient
 from .jobs import Executor, LocalContext, RunContext, read_number, read_text, refuse_unknown
 
 # %% auto #0
@@ -97,7 +97,8 @@ class FunctionTool:
         result = self.fn(payload, **words) if self.whole else self.fn(**arguments(self, payload), **words)
         if result is None: return {}
         if isinstance(result, dict): return result
-        raise Transient(f"{self.tool} returned {type(result).__name__}: a tool returns a dict, or nothing. Files go to ctx.artifact.", retryable=False)
+        got = type(result).__name__
+        raise Transient(f"{self.tool} returned {got}: a tool returns a dict, or nothing; files go to ctx.artifact.", retryable=False)
 
 # %% ../nbs/02a_tools.ipynb #d582bb05
 def arguments(tool: FunctionTool, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,7 +107,8 @@ def arguments(tool: FunctionTool, payload: Mapping[str, Any]) -> dict[str, Any]:
     if not any(p.kind == p.VAR_KEYWORD for p in tool.parameters.values()): refuse_unknown(payload, tuple(fields))
     for name, p in fields.items():
         if p.default is p.empty and name not in payload: raise InvalidPayload(f"`{name}` is required by {tool.tool}.", field=name)
-    return {name: read_argument(tool.hints.get(name), value, name) if name in fields else value for name, value in payload.items() if name != "ctx"}
+    return {name: read_argument(tool.hints.get(name), value, name) if name in fields else value
+            for name, value in payload.items() if name != "ctx"}
 
 # %% ../nbs/02a_tools.ipynb #775e328b
 REGISTERED: dict[str, FunctionTool] = {}
@@ -155,8 +157,8 @@ def run_tool(fn: Any, payload: Mapping[str, Any] | None = None, *, cancel_at: in
 
     Parameters
     ----------
-    fn: what `@tool` made, any `Executor`, or a plain function. payload: the job's; must be JSON. cancel_at: the step at whose report the job is canceled;
-    the tool's next `ctx.check()` raises. watched: what `ctx.watched` says.
+    fn: what `@tool` made, any `Executor`, or a plain function. payload: the job's; must be JSON. cancel_at: the step at whose report the job
+    is canceled; the tool's next `ctx.check()` raises. watched: what `ctx.watched` says.
     Raises what the tool raises, `InvalidPayload` for a payload that isn't JSON, `Transient` for such a result.
     """
     executor: Executor = fn if hasattr(fn, "run") and hasattr(fn, "tool") else FunctionTool(getattr(fn, "__name__", "tool"), fn)
@@ -164,9 +166,10 @@ def run_tool(fn: Any, payload: Mapping[str, Any] | None = None, *, cancel_at: in
     def canceled(step: int, total: int) -> None:
         if cancel_at is not None and step >= cancel_at: ctx.stop = Interrupted("The job was canceled.")
     ctx.on_progress = canceled
-    result = _through_json(executor.run(_through_json(dict(payload or {}), InvalidPayload, "The payload"), ctx), Transient, f"The result of {executor.tool}")
-    return ToolRun(result, {name: bytes(data) for name, (data, _) in ctx.artifacts.items()}, [(step, total) for step, total, _ in ctx.steps], ctx.logs,
-                   "".join(ctx.tokens), ctx.previews)
+    result = executor.run(_through_json(dict(payload or {}), InvalidPayload, "The payload"), ctx)
+    files = {name: bytes(data) for name, (data, _) in ctx.artifacts.items()}
+    return ToolRun(_through_json(result, Transient, f"The result of {executor.tool}"), files,
+                   [(step, total) for step, total, _ in ctx.steps], ctx.logs, "".join(ctx.tokens), ctx.previews)
 
 def _through_json(value: Any, error: type[Exception], what: str) -> Any:
     try: return json.loads(json.dumps(value, allow_nan=False))
@@ -223,7 +226,8 @@ def _imported(source: str) -> Any:
     except SyntaxError as e: raise InvalidSetting(f"--load: {source} is not Python: line {e.lineno}: {e.msg}.", field="--load") from None
     except ModuleNotFoundError as e:
         whole = e.name is not None and not _is_file(source) and (source == e.name or source.startswith(f"{e.name}."))
-        say = f"there is no module {source}: give a file's path, or a module that Python finds" if whole else f"{source} needs {e.name}, which is not installed"
+        say = (f"there is no module {source}: give a file's path, or a module that Python finds" if whole else
+               f"{source} needs {e.name}, which is not installed")
         raise InvalidSetting(f"--load: {say}.", field="--load") from None
     except (Exception, SystemExit) as e:
         frames = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).name == Path(source).name]
