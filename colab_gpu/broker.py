@@ -435,9 +435,9 @@ class WorkerSeen:
     jobs: dict[str, int | None] = field(default_factory=dict)
     ears: set[asyncio.Event] = field(default_factory=set)
 
-    def live(self, now_ms: int) -> bool:
-        "Whether it can be expected to ask again: it waits right now, has a job whose lease runs, or was here within 90 s."
-        return bool(self.waiting or now_ms - self.seen_ms < 90_000 or any(until and until > now_ms for until in self.jobs.values()))
+    def live(self, now_ms: int, grace_s: float = 90) -> bool:
+        "Whether it can be expected to ask again: it waits right now, has a job whose lease runs, or was here within `grace_s` seconds."
+        return bool(self.waiting or now_ms - self.seen_ms < grace_s * 1000 or any(until and until > now_ms for until in self.jobs.values()))
 
     def wire(self, now_ms: int) -> dict[str, Any]:
         "What `GET /workers` shows."
@@ -658,7 +658,8 @@ def _servable(broker: Broker, ask: Ask) -> Callable[[str], bool] | None:
     "What this worker must leave alone: jobs longer than its session; as a standby, lanes that a regular worker serves."
     if ask.standby_s is None and ask.session_left_s is None: return None
     now, left = broker.now_ms(), ask.session_left_s if ask.session_left_s is not None else math.inf
-    regulars = [w for w in broker.roster.workers.values() if w.live(now) and w.ask.standby_s is None and not w.draining]
+    grace_s = min(90, max(15, ask.standby_s or 0))  # a worker that doesn't wait asks every few seconds; one that was killed is gone for good
+    regulars = [w for w in broker.roster.workers.values() if w.live(now, grace_s) and w.ask.standby_s is None and not w.draining]
     def servable(name: str) -> bool:
         if broker.pace.get(lane_parts(name)[0], 0) > left: return False
         return ask.standby_s is None or not any(w.ask.serves(name) for w in regulars)

@@ -21,7 +21,7 @@ from .tools import beside, load_tools
 __all__ = ['NEEDS_IMAGES', 'NEEDS_CHAT', 'say', 'show', 'Progress', 'job_line', 'show_job', 'follow', 'read_payload',
            'read_json_file', 'cmd_serve', 'cmd_submit', 'cmd_status', 'cmd_cancel', 'cmd_retry', 'cmd_wait', 'cmd_jobs',
            'cmd_events', 'image_payload', 'cmd_imagine', 'cmd_replay', 'chat_payload', 'cmd_chat', 'canceled_with_us',
-           'executors_here', 'chat_executors', 'preload_chat', 'worker_executors', 'cmd_worker', 'cmd_demo',
+           'executors_here', 'chat_executors', 'preload_chat', 'provided', 'worker_executors', 'cmd_worker', 'cmd_demo',
            'cmd_settings', 'checks', 'cmd_doctor', 'build_parser', 'run_command', 'main', 'helper_parser',
            'helper_body', 'mcp_gpu_job']
 
@@ -273,12 +273,23 @@ def preload_chat(executors: Sequence[Any], settings: Settings) -> None:
             try: executor.preload()
             except ColabGPUError as e: print(f"[ollama] {e.message}", flush=True)
 
+# %% ../nbs/20_cli.ipynb #e9bac33b
+def provided(settings: Settings, device: Device) -> list[Any]:
+    "The built-in executors that WORKER_PROVIDER means. Raises `InvalidSetting` when it means an image service and there is no address."
+    from colab_gpu.providers import ServiceImages, Signed
+    provider, standby = settings["WORKER_PROVIDER"], settings["WORKER_STANDBY_SECONDS"] != ""
+    if provider == "auto": provider = "mcp" if standby and settings["MCP_IMAGEN_URL"] else "local"
+    if provider == "local": executors = executors_here(settings, device)
+    else: executors = [ServiceImages(settings), *chat_executors(settings, Arbiter(device, say=lambda line: print(line, flush=True)))]
+    if not standby: return executors
+    return [e if isinstance(e, ServiceImages) else Signed(e, "local", settings["WORKER_ID"]) for e in executors]
+
 # %% ../nbs/20_cli.ipynb #6ac866dd
 def worker_executors(settings: Settings, device: Device) -> list[Any]:
     "What a worker with these settings serves: the tools of WORKER_LOAD, and the built-in ones. Raises `InvalidSetting`."
     own, wanted = load_tools(settings["WORKER_LOAD"]), settings["WORKER_TOOLS"]
     if wanted and {*wanted} <= {executor.tool for executor in own}: return [*own]
-    return beside(executors_here(settings, device), own, say)
+    return beside(provided(settings, device), own, say)
 
 # %% ../nbs/20_cli.ipynb #5c1e77a1
 NEEDS_IMAGES = 'Drawing needs more packages: pip install "colab-gpu[images]"'
@@ -286,9 +297,11 @@ NEEDS_CHAT = 'Chatting needs Ollama (https://ollama.com/download) and a package:
 
 def cmd_worker(args: argparse.Namespace) -> int:
     from colab_gpu.worker import Worker, run_until_interrupted
-    settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id, WORKER_MAX_BATCH=args.max_batch, WORKER_LOAD=args.load)
-    device = find_device()
-    worker = Worker(worker_executors(settings, device), settings, log=lambda text: print(text, flush=True), info=accelerator_info(device))
+    settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id, WORKER_MAX_BATCH=args.max_batch, WORKER_LOAD=args.load,
+                         WORKER_STANDBY_SECONDS=args.standby, WORKER_PROVIDER=args.provider)
+    device, standby = find_device(), settings["WORKER_STANDBY_SECONDS"]
+    worker = Worker(worker_executors(settings, device), settings, log=lambda text: print(text, flush=True), info=accelerator_info(device),
+                    standby_s=None if standby == "" else standby)
     if not worker.tools: raise ExecutionError(f"This machine has none of the tools. {NEEDS_IMAGES}. {NEEDS_CHAT}")
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what we started ends
     try:
@@ -348,7 +361,7 @@ def cmd_settings(args: argparse.Namespace) -> int:
 def checks(settings: Settings) -> list[tuple[str, str, str]]:
     "What this machine has: (what, `ok`, `missing` or `note`, a sentence with the command that mends it)."
     rows = [("Python", "ok", sys.version.split()[0])]
-    rows += [_check_images(), _check_chat(settings)]
+    rows += [_check_images(), _check_chat(settings), *_check_service(settings)]
     for name, whose in (("GPU_WORKER_TOKEN", "the server"), ("STACK_WORKER_TOKEN", "the worker")):
         rows.append((name, "ok", "set") if settings[name] else
                     (name, "note", f"not set: {whose} needs it; choose a long random text, the same for both"))
@@ -374,6 +387,13 @@ def _check_chat(settings: Settings) -> tuple[str, str, str]:
     why = daemon.obstacle()
     if why: return "chat", "note", f"no chat jobs here: {why}"
     return "chat", "ok", f"no Ollama runs at {daemon.url}; colab-gpu worker starts one when a job needs it"
+
+def _check_service(settings: Settings) -> list[tuple[str, str, str]]:
+    if not settings["MCP_IMAGEN_URL"]: return []
+    from colab_gpu.providers import ServiceImages
+    try: service = ServiceImages(settings)
+    except InvalidSetting as e: return [("image service", "missing", e.message)]
+    return [("image service", "ok", f"{service.addresses[0].host} is asked by a standby (colab-gpu worker --standby 20)")]
 
 def _check_data(folder: Path) -> tuple[str, str, str]:
     at = folder
@@ -426,6 +446,8 @@ def _add_running(add: Callable[..., argparse.ArgumentParser]) -> None:
     worker.add_argument("--load", action="append", metavar="FILE_OR_MODULE",
                         help="serve the tools that it registers with @tool too; may be repeated (WORKER_LOAD)")
     worker.add_argument("--id", help="label shown in job history (WORKER_ID)")
+    worker.add_argument("--standby", metavar="SECONDS", help="take only what has waited that long with no regular worker for it (WORKER_STANDBY_SECONDS)")
+    worker.add_argument("--provider", choices=("auto", "mcp", "local"), help="who draws: the image service at MCP_IMAGEN_URL, or this machine (WORKER_PROVIDER)")
     worker.add_argument("--max-batch", type=int, metavar="N", help="most jobs to run in one batch, 1 to 16 (WORKER_MAX_BATCH)")
 
 def _add_jobs(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -119,6 +119,7 @@ def checked(answer: Answer, where: str) -> list[bytes]:
 # %% ../nbs/15a_providers.ipynb #db627e8c
 LOOK_S = 0.02
 
+# The transports' own time-outs are 30 s longer, so that it is this one that speaks.
 class Call(Protocol):
     "One request to a service."
     def run(self) -> Answer: "Ask; raises `ExecutionError`."
@@ -195,7 +196,7 @@ class PlainCall:
         "See `Call`."
         try:
             with self.transport.session().post(self.address.url, json=dict(self.arguments), stream=True, allow_redirects=False,
-                                               headers={"Accept-Encoding": "identity"}, timeout=(10, self.limit_s)) as response:
+                                               headers={"Accept-Encoding": "identity"}, timeout=(10, self.limit_s + 30)) as response:
                 return self._read(response)
         except OSError as e: raise lost(e, self.address.host) from None  # the base of all that requests raises
         finally: self.transport.close()
@@ -267,7 +268,7 @@ async def ask(call: McpCall) -> Answer:
     from mcp import Client
     from mcp.client.streamable_http import streamable_http_client
     local = (urlsplit(call.address.url).hostname or "") in ("localhost", "127.0.0.1", "::1")
-    async with httpx2.AsyncClient(timeout=httpx2.Timeout(10, read=call.limit_s), trust_env=not local, headers={"Accept-Encoding": "identity"},
+    async with httpx2.AsyncClient(timeout=httpx2.Timeout(10, read=call.limit_s + 30), trust_env=not local, headers={"Accept-Encoding": "identity"},
                                   event_hooks={"response": [counting(call)]}) as http:
         wire = streamable_http_client(call.address.url, http_client=http, max_sse_event_size=call.most_bytes)
         async with Client(wire, cache=None) as client:
