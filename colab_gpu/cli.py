@@ -446,8 +446,10 @@ def _add_running(add: Callable[..., argparse.ArgumentParser]) -> None:
     worker.add_argument("--load", action="append", metavar="FILE_OR_MODULE",
                         help="serve the tools that it registers with @tool too; may be repeated (WORKER_LOAD)")
     worker.add_argument("--id", help="label shown in job history (WORKER_ID)")
-    worker.add_argument("--standby", metavar="SECONDS", help="take only what has waited that long with no regular worker for it (WORKER_STANDBY_SECONDS)")
-    worker.add_argument("--provider", choices=("auto", "mcp", "local"), help="who draws: the image service at MCP_IMAGEN_URL, or this machine (WORKER_PROVIDER)")
+    worker.add_argument("--standby", metavar="SECONDS",
+                        help="take only what has waited that long with no regular worker for it (WORKER_STANDBY_SECONDS)")
+    worker.add_argument("--provider", choices=("auto", "mcp", "local"),
+                        help="who draws: the image service at MCP_IMAGEN_URL, or this machine (WORKER_PROVIDER)")
     worker.add_argument("--max-batch", type=int, metavar="N", help="most jobs to run in one batch, 1 to 16 (WORKER_MAX_BATCH)")
 
 def _add_jobs(add: Callable[..., argparse.ArgumentParser]) -> None:
