@@ -12,7 +12,7 @@ It prints its port on the first line. Words in brackets in the prompt steer the 
     [status=N] the HTTP status N (plain)
 
 Environment: STAND_IN_STATUS answers every call with that HTTP status; STAND_IN_LEGACY=1 knows only the protocols before 2026;
-STAND_IN_NARROW=1 takes a prompt and nothing else; STAND_IN_TOOL is the tool's name. What it has seen is at GET /stand-in.
+STAND_IN_JSON=1 answers in JSON, not in a stream of events; STAND_IN_NARROW=1 takes a prompt and nothing else; STAND_IN_TOOL is the tool's name. What it has seen is at GET /stand-in.
 """
 
 import base64
@@ -27,7 +27,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from processes import png
 
-SEEN = {"calls": [], "headers": {}, "canceled": 0, "bodies": 0}
+SEEN = {"calls": [], "headers": {}, "canceled": 0}
 GO = threading.Event()
 
 
@@ -46,7 +46,7 @@ def mcp_service():
 
     import anyio
     import uvicorn
-    from mcp.server.mcpserver import Context, Image, MCPServer
+    from mcp.server.mcpserver import Context, MCPServer
     from mcp.server.mcpserver.exceptions import ToolError
     from mcp.types import CallToolResult, ImageContent, TextContent
     from starlette.responses import JSONResponse, Response
@@ -83,7 +83,6 @@ def mcp_service():
         return await paint({"prompt": prompt, **{k: v for k, v in given.items() if v is not None}}, ctx)
 
     service.tool(os.environ.get("STAND_IN_TOOL", "generate_image"), structured_output=False)(narrow if os.environ.get("STAND_IN_NARROW") else wide)
-    _ = Image
 
     @service.custom_route("/stand-in", ["GET"])
     async def seen(request): return JSONResponse(SEEN)
@@ -93,7 +92,7 @@ def mcp_service():
         GO.set()
         return JSONResponse({})
 
-    app = service.streamable_http_app()
+    app = service.streamable_http_app(json_response=bool(os.environ.get("STAND_IN_JSON")))
 
     async def around(scope, receive, send):
         if scope["type"] == "http" and not scope["path"].startswith("/stand-in"):

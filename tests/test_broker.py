@@ -957,6 +957,8 @@ def test_a_standby_takes_what_waited_only_where_no_regular_worker_is(store):
         clock.now += 0.2
         assert len(await lease_within(broker, spare)) == 1, "it was not here for as long as a standby waits"
 
+    live(store, main, clock)
+
 
 def test_how_long_a_regular_worker_is_waited_for(store):
     clock = Clock()

@@ -133,11 +133,12 @@ def test_what_goes_wrong_is_a_sentence(services, kind, prompt, error, code, word
     assert service.host in e.message and "\n" not in e.message and "STACK_API_BASE" not in e.message and "a secret of the service" not in e.message
 
 
-@BOTH
-def test_a_large_picture_within_the_limit_comes_through(services, kind):
-    ctx = LocalContext()
-    artist(services(kind).url).run({"prompt": "[huge]"}, ctx)
+@pytest.mark.parametrize(("kind", "env"), [("mcp", {}), ("mcp", {"STAND_IN_JSON": 1}), ("plain", {})], ids=["mcp", "mcp-json", "plain"])
+def test_large_answers(services, kind, env):
+    service, ctx = services(kind, **env), LocalContext()
+    artist(service.url).run({"prompt": "[huge]"}, ctx)
     assert len(ctx.artifacts["image.png"][0]) > 8 << 20
+    assert fails(service.url, "[huge]", MCP_IMAGEN_MAX_BYTES=1 << 20).code == "answer_too_large"
 
 
 @BOTH

@@ -125,15 +125,9 @@ def test_a_standby_draws_by_itself(server, standby):
 def test_a_standby_chats_with_its_ollama(server, standby, services, processes):
     pytest.importorskip("ollama")
     service = services("plain")
-    import socket
-    with socket.create_server(("127.0.0.1", 0)) as free: host = f"127.0.0.1:{free.getsockname()[1]}"
-    processes(sys.executable, ROOT / "tests" / "ollama_daemon.py", "serve", OLLAMA_HOST=host, STAND_IN_MODELS="llama3:8b")
-    import urllib.request
-    def answers():
-        try: return urllib.request.urlopen(f"http://{host}/api/version", timeout=5).status == 200
-        except OSError: return False
-    eventually(answers, "the daemon")
-    standby(server.url, seconds=0, MCP_IMAGEN_URL=service.url, OLLAMA_URL=f"http://{host}")
+    daemon = processes(sys.executable, ROOT / "tests" / "ollama_daemon.py", "serve", OLLAMA_HOST="127.0.0.1:0", STAND_IN_MODELS="llama3:8b")
+    url = "http://" + daemon.wait_for(r"Listening on (\S+)")[1]
+    standby(server.url, seconds=0, MCP_IMAGEN_URL=service.url, OLLAMA_URL=url)
     job = server.client.submit("ollamaChat", {"prompt": "good morning"}).wait()
     assert job.status == "completed" and job.result["response"].strip() == "good morning" and job.result["served_by"] == "spare", job.data
     assert server.client.submit("imagenGenerate", {"prompt": "a boat"}).wait().result["provider"] == "plain"
