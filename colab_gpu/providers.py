@@ -4,12 +4,13 @@
 
 # %% ../nbs/15a_providers.ipynb #2766ddf1
 from __future__ import annotations
-import asyncio, base64, json, logging, secrets, struct, threading, time
+import asyncio, base64, json, logging, math, secrets, struct, threading, time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Protocol
 from urllib.parse import urlsplit
+from . import __version__
 from .client import Transport, unreachable
 from .config import Settings
 from .errors import ERROR_KINDS, ColabGPUError, ExecutionError, InvalidInput, InvalidSetting, OutOfMemory, Transient
@@ -76,17 +77,20 @@ class Answer:
 
 _KEYS = ("image_base64", "image", "b64_json", "base64", "data", "images")
 
-def pictures_in(value: Any) -> Iterator[bytes]:
-    "The pictures in base64 within a JSON `value`, under the names that services use."
+def pictures_in(value: Any, depth: int = 4) -> Iterator[bytes]:
+    "The pictures in base64 within a JSON `value`, under the names that services use, at most `depth` levels down."
+    if depth < 0: return
     if isinstance(value, str):
         text = value.partition(",")[2] if value.startswith("data:") else value
         try: yield base64.b64decode("".join(text.split()), validate=True)
         except ValueError: return
     elif isinstance(value, list):
-        for each in value: yield from pictures_in(each)
+        for each in value: yield from pictures_in(each, depth - 1)
     elif isinstance(value, dict):
         for key in _KEYS:
-            if value.get(key): yield from pictures_in(value[key]); return
+            if value.get(key):
+                yield from pictures_in(value[key], depth - 1)
+                return
 
 FORMATS = ((b"\x89PNG\r\n\x1a\n", "png"), (b"\xff\xd8\xff", "jpeg"), (b"RIFF", "webp"))
 
@@ -243,7 +247,8 @@ class McpCall:
     def run(self) -> Answer:
         "See `Call`."
         if not find_spec("mcp"): raise Transient(f"{NEEDS_MCP}.", code="needs_mcp")
-        logging.getLogger("mcp").addHandler(logging.NullHandler())  # what it logs, with tracebacks, is said below in a sentence
+        log = logging.getLogger("mcp")
+        if not log.handlers: log.addHandler(logging.NullHandler())  # what it logs, with tracebacks, is said below in a sentence
         try: return asyncio.run(self._begin())
         except ColabGPUError: raise
         except (Exception, asyncio.CancelledError) as e: raise mcp_error(self, e) from None
@@ -267,11 +272,12 @@ async def ask(call: McpCall) -> Answer:
     import httpx2
     from mcp import Client
     from mcp.client.streamable_http import streamable_http_client
+    from mcp.types import Implementation
     local = (urlsplit(call.address.url).hostname or "") in ("localhost", "127.0.0.1", "::1")
     async with httpx2.AsyncClient(timeout=httpx2.Timeout(10, read=call.limit_s + 30), trust_env=not local, headers={"Accept-Encoding": "identity"},
                                   event_hooks={"response": [counting(call)]}) as http:
         wire = streamable_http_client(call.address.url, http_client=http, max_sse_event_size=call.most_bytes)
-        async with Client(wire, cache=None) as client:
+        async with Client(wire, cache=None, client_info=Implementation(name="colab-gpu", version=__version__)) as client:
             call.connected = True
             names = await _parameters(call, client)
             async def report(progress: float, total: float | None, message: str | None) -> None: call.report(int(progress), int(total or 0))
@@ -348,7 +354,8 @@ def mcp_error(call: McpCall, error: BaseException) -> ExecutionError:
     if not call.connected and status in (404, 405, 501): return Transient(f"Nothing speaks MCP at {where} under that path.", code="no_mcp")
     if "MCPError" in names and getattr(error, "code", 0) == -32602 and call.connected:
         return InvalidInput(f"The image service at {where} refuses this request: {one_line(error)}.", code="service_refused")
-    if status >= 300: return status_error(status if status != 400 else 500, "", where)
+    if status == 400: return Transient(f"The image service at {where} refuses this worker's MCP requests (400): look at its log.", code="no_service")
+    if status >= 300: return status_error(status, "", where)
     if names & {"TransportError", "OSError", "CancelledError"} or getattr(error, "code", 0) == -32000: return lost(error, where)
     say = f"What answers at {where} does not speak MCP as this worker does ({type(error).__name__}): check MCP_IMAGEN_URL."
     return Transient(say, code="no_service")
@@ -440,9 +447,10 @@ def hand_over(request: ImagenRequest, parts: Sequence[Mapping[str, Any]], ctx: R
             **({"images": rows} if len(rows) > 1 else {})}
 
 def _fact(part: Mapping[str, Any], name: str, default: Any) -> Any:
-    "What the service says, if it is something short and plain."
+    "What the service says, if it is what should be there: a short text, or a finite number."
     value = part["facts"].get(name)
-    return value if isinstance(value, str | int | float) and not isinstance(value, bool) and len(str(value)) <= 300 else default
+    if name in ("model", "device"): return one_line(value) if isinstance(value, str) and value.strip() else default
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 2**63 else default
 
 # %% ../nbs/15a_providers.ipynb #2a97a9e2
 class Signed:

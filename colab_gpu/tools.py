@@ -125,6 +125,8 @@ def tool(name: str) -> Callable[[Callable[..., Any]], FunctionTool]:
     if not name or len(name) > 100 or not name.isprintable() or set(name) & set(" ,"):
         raise InvalidSetting(f"A tool's name is one word of at most 100 printable characters, without commas, not {name[:40]!r}.", field="tool")
     def register(fn: Callable[..., Any]) -> FunctionTool:
+        if not inspect.isroutine(fn) or inspect.iscoroutinefunction(fn):
+            raise InvalidSetting(f"@tool({name!r}) decorates a plain function: for anything else, write a class with `tool` and `run`.", field="tool")
         made, there = FunctionTool(name, fn), REGISTERED.get(name)
         if there is not None and not _again(there.fn, fn):
             raise InvalidSetting(f"The tool {name} is registered twice, by {there.origin} and by {made.origin}: give one another name.", field="tool")

@@ -142,10 +142,11 @@ def test_large_answers(services, kind, env):
 
 
 @BOTH
-@pytest.mark.parametrize(("status", "error", "code"), [(401, Transient, "service_closed"), (403, Transient, "service_closed"), (404, Transient, "no"),
+@pytest.mark.parametrize(("status", "error", "code"), [(400, None, ""), (401, Transient, "service_closed"), (403, Transient, "service_closed"), (404, Transient, "no"),
                                                        (429, Transient, "service_busy"), (500, Transient, "service_failed"), (503, Transient, "service_busy")])
 def test_http_statuses(services, kind, status, error, code):
     e = fails(services(kind, STAND_IN_STATUS=status).url, "a boat")
+    if status == 400: error, code = (Transient, "no_service") if kind == "mcp" else (InvalidInput, "service_refused")
     assert type(e) is error and e.code.startswith(code) and "\n" not in e.message, e
 
 
@@ -212,6 +213,22 @@ def test_something_else_answers(kind, answer, capfd):
         listener.shutdown(socket.SHUT_RDWR)
     assert type(e) is Transient and "\n" not in e.message, e
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_what_the_sdk_logs_with_a_traceback_is_not_shown(processes):
+    "In a process without pytest's own log handlers."
+    answer = "HTTP/1.1 200 OK\\r\\nContent-Type: text/event-stream\\r\\nContent-Length: 32\\r\\n\\r\\nevent: message\\ndata: nonsense\\n\\n\\n"
+    code = (f"import socket, threading\nlistener = socket.create_server(('127.0.0.1', 0))\nanswer = '{answer}'.encode()\n"
+            "def serve():\n    while True:\n        caller, _ = listener.accept()\n        with caller:\n            caller.recv(65536)\n            caller.sendall(answer)\n"
+            "threading.Thread(target=serve, daemon=True).start()\n"
+            "from colab_gpu.config import Settings\nfrom colab_gpu.jobs import LocalContext\nfrom colab_gpu.providers import ServiceImages\n"
+            "from colab_gpu.errors import ColabGPUError\n"
+            "try: ServiceImages(Settings({'MCP_IMAGEN_URL': f'http://127.0.0.1:{listener.getsockname()[1]}/mcp'})).run({'prompt': 'a boat'}, LocalContext())\n"
+            "except ColabGPUError as e: print('SAYS', e)\n")
+    process = processes(sys.executable, "-c", code, PYTHONPATH=ROOT)
+    assert process.popen.wait(60) == 0
+    process.wait_for("SAYS")
+    assert len([line for line in process.lines if line]) == 1, process.lines
 
 
 def test_an_address_without_a_path_is_tried(services):
