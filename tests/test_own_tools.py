@@ -70,6 +70,7 @@ def test_the_example_of_the_readme_is_served_from_a_file(own_worker, tmp_path):
     Image = pytest.importorskip("PIL.Image")
     worker = own_worker("--load", written(tmp_path, "upscale.py", readme_example()), "--tools", "upscale")
     assert worker.wait_for("Worker loop started").string.endswith("(upscale)")
+    assert not [line for line in worker.lines if line.startswith("[ollama]")], "what is not served is not looked for"
     image = base64.b64encode(picture(("teal", "orange"))).decode()
     job = own_worker.client.submit("upscale", {"image": f"data:image/png;base64,{image}", "doublings": "2"}).wait()
     assert job.status == "completed" and (job.result["width"], job.result["height"]) == (160, 120), job.data
