@@ -245,6 +245,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'colab_gpu.cli.say': ('cli.html#say', 'colab_gpu/cli.py'),
                                'colab_gpu.cli.show': ('cli.html#show', 'colab_gpu/cli.py'),
                                'colab_gpu.cli.show_job': ('cli.html#show_job', 'colab_gpu/cli.py'),
+                               'colab_gpu.cli.signed': ('cli.html#signed', 'colab_gpu/cli.py'),
                                'colab_gpu.cli.worker_executors': ('cli.html#worker_executors', 'colab_gpu/cli.py')},
             'colab_gpu.client': { 'colab_gpu.client.Chat': ('client.html#chat', 'colab_gpu/client.py'),
                                   'colab_gpu.client.Chat.__init__': ('client.html#chat.__init__', 'colab_gpu/client.py'),

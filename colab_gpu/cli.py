@@ -21,8 +21,8 @@ from .tools import beside, load_tools
 __all__ = ['NEEDS_IMAGES', 'NEEDS_CHAT', 'say', 'show', 'Progress', 'job_line', 'show_job', 'follow', 'read_payload',
            'read_json_file', 'cmd_serve', 'cmd_submit', 'cmd_status', 'cmd_cancel', 'cmd_retry', 'cmd_wait', 'cmd_jobs',
            'cmd_events', 'image_payload', 'cmd_imagine', 'cmd_replay', 'chat_payload', 'cmd_chat', 'canceled_with_us',
-           'executors_here', 'chat_executors', 'preload_chat', 'provided', 'worker_executors', 'cmd_worker', 'cmd_demo',
-           'cmd_settings', 'checks', 'cmd_doctor', 'build_parser', 'run_command', 'main', 'helper_parser',
+           'executors_here', 'chat_executors', 'preload_chat', 'provided', 'signed', 'worker_executors', 'cmd_worker',
+           'cmd_demo', 'cmd_settings', 'checks', 'cmd_doctor', 'build_parser', 'run_command', 'main', 'helper_parser',
            'helper_body', 'mcp_gpu_job']
 
 # %% ../nbs/20_cli.ipynb #f8a99289
@@ -276,20 +276,24 @@ def preload_chat(executors: Sequence[Any], settings: Settings) -> None:
 # %% ../nbs/20_cli.ipynb #e9bac33b
 def provided(settings: Settings, device: Device) -> list[Any]:
     "The built-in executors that WORKER_PROVIDER means. Raises `InvalidSetting` when it means an image service and there is no address."
-    from colab_gpu.providers import ServiceImages, Signed
+    from colab_gpu.providers import ServiceImages
     provider, standby = settings["WORKER_PROVIDER"], settings["WORKER_STANDBY_SECONDS"] != ""
     if provider == "auto": provider = "mcp" if standby and settings["MCP_IMAGEN_URL"] else "local"
-    if provider == "local": executors = executors_here(settings, device)
-    else: executors = [ServiceImages(settings), *chat_executors(settings, Arbiter(device, say=lambda line: print(line, flush=True)))]
-    if not standby: return executors
-    return [e if isinstance(e, ServiceImages) else Signed(e, "local", settings["WORKER_ID"]) for e in executors]
+    if provider == "local": return executors_here(settings, device)
+    return [ServiceImages(settings), *chat_executors(settings, Arbiter(device, say=lambda line: print(line, flush=True)))]
+
+def signed(executors: Sequence[Any], settings: Settings) -> list[Any]:
+    "The executors of a standby: their results say who served them."
+    from colab_gpu.providers import ServiceImages, Signed
+    return [executor if isinstance(executor, ServiceImages) else Signed(executor, "local", settings["WORKER_ID"]) for executor in executors]
 
 # %% ../nbs/20_cli.ipynb #6ac866dd
 def worker_executors(settings: Settings, device: Device) -> list[Any]:
     "What a worker with these settings serves: the tools of WORKER_LOAD, and the built-in ones. Raises `InvalidSetting`."
     own, wanted = load_tools(settings["WORKER_LOAD"]), settings["WORKER_TOOLS"]
-    if wanted and {*wanted} <= {executor.tool for executor in own}: return [*own]
-    return beside(provided(settings, device), own, say)
+    only_own = wanted and {*wanted} <= {executor.tool for executor in own}
+    found = [*own] if only_own else beside(provided(settings, device), own, say)
+    return found if settings["WORKER_STANDBY_SECONDS"] == "" else signed(found, settings)
 
 # %% ../nbs/20_cli.ipynb #5c1e77a1
 NEEDS_IMAGES = 'Drawing needs more packages: pip install "colab-gpu[images]"'

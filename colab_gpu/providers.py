@@ -17,10 +17,10 @@ from .errors import ERROR_KINDS, ColabGPUError, ExecutionError, InvalidInput, In
 from .jobs import Executor, ImagenRequest, RunContext
 
 # %% auto #0
-__all__ = ['SYNONYMS', 'NEEDED', 'PLAIN_FIELDS', 'FORMATS', 'LOOK_S', 'STATUSES', 'NEEDS_MCP', 'TOOL', 'Address', 'addresses',
-           'spoken', 'Answer', 'pictures_in', 'picture_format', 'picture_size', 'checked', 'Call', 'attended',
-           'status_error', 'one_line', 'too_large', 'lost', 'PlainCall', 'McpCall', 'ask', 'counting', 'read_result',
-           'tool_error', 'mcp_error', 'ServiceImages', 'draw', 'draw_at', 'hand_over', 'Signed']
+__all__ = ['SYNONYMS', 'NEEDED', 'PLAIN_FIELDS', 'FORMATS', 'LOOK_S', 'STATUSES', 'NEEDS_MCP', 'TOOL', 'FAREWELL_S', 'Address',
+           'addresses', 'spoken', 'Answer', 'pictures_in', 'picture_format', 'picture_size', 'checked', 'Call',
+           'attended', 'status_error', 'one_line', 'too_large', 'lost', 'PlainCall', 'McpCall', 'ask', 'counting',
+           'read_result', 'tool_error', 'mcp_error', 'ServiceImages', 'draw', 'draw_at', 'hand_over', 'Signed']
 
 # %% ../nbs/15a_providers.ipynb #d7ee4a0e
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class PlainCall:
 
 # %% ../nbs/15a_providers.ipynb #a770f145
 NEEDS_MCP = 'Asking an MCP image service needs a package: pip install "colab-gpu[mcp]"'
-TOOL = "generate_image"
+TOOL, FAREWELL_S = "generate_image", 2.0
 
 class McpCall:
     """One call of `generate_image` at `address`.
@@ -242,7 +242,7 @@ class McpCall:
         self.address, self.arguments, self.limit_s, self.most_bytes, self.report = address, arguments, limit_s, most_bytes, report
         self.statuses, self.came, self.connected, self.over = list[int](), 0, False, False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[Answer] | None = None
+        self._task: asyncio.Task[None] | None = None
 
     def run(self) -> Answer:
         "See `Call`."
@@ -254,9 +254,17 @@ class McpCall:
         except (Exception, asyncio.CancelledError) as e: raise mcp_error(self, e) from None
 
     async def _begin(self) -> Answer:
-        self._loop, self._task = asyncio.get_running_loop(), asyncio.create_task(ask(self))
+        self._loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Answer] = self._loop.create_future()
+        self._task = asyncio.create_task(ask(self, answer))
         if self.over: self._task.cancel()
-        return await self._task
+        either: set[asyncio.Future[Any]] = {self._task, answer}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done(): await self._task  # it raises
+        await asyncio.wait({self._task}, timeout=FAREWELL_S)
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)  # what goes wrong after the answer is nobody's concern
+        return answer.result()
 
     def hang_up(self) -> None:
         "See `Call`."
@@ -267,8 +275,8 @@ class McpCall:
         except RuntimeError: pass  # the loop has just ended
 
 # %% ../nbs/15a_providers.ipynb #862ae23b
-async def ask(call: McpCall) -> Answer:
-    "Connect, look at the tool, call it. Raises what the SDK raises, and `ExecutionError`."
+async def ask(call: McpCall, answer: asyncio.Future[Answer]) -> None:
+    "Connect, look at the tool, call it, set the `answer`. Raises what the SDK raises, and `ExecutionError`."
     import httpx2
     from mcp import Client
     from mcp.client.streamable_http import streamable_http_client
@@ -282,7 +290,7 @@ async def ask(call: McpCall) -> Answer:
             names = await _parameters(call, client)
             async def report(progress: float, total: float | None, message: str | None) -> None: call.report(int(progress), int(total or 0))
             result = await client.call_tool(TOOL, call.arguments(names), progress_callback=report)
-            return read_result(result, call.address.host, getattr(client.server_info, "name", "") or "")
+            answer.set_result(read_result(result, call.address.host, getattr(client.server_info, "name", "") or ""))
 
 async def _parameters(call: McpCall, client: Any) -> list[str]:
     "The names of the tool's parameters. Raises `Transient` without the tool, or when it wants what no job has."

@@ -12,7 +12,7 @@ It prints its port on the first line. Words in brackets in the prompt steer the 
     [status=N] the HTTP status N (plain)
 
 Environment: STAND_IN_STATUS answers every call with that HTTP status; STAND_IN_LEGACY=1 knows only the protocols before 2026;
-STAND_IN_JSON=1 answers in JSON, not in a stream of events; STAND_IN_NARROW=1 takes a prompt and nothing else; STAND_IN_TOOL is the tool's name. What it has seen is at GET /stand-in.
+STAND_IN_JSON=1 answers in JSON, not in a stream of events; STAND_IN_NARROW=1 takes a prompt and nothing else; STAND_IN_TOOL is the tool's name; STAND_IN_CLINGS=1 never answers the end of a session. What it has seen is at GET /stand-in.
 """
 
 import base64
@@ -100,6 +100,7 @@ def mcp_service():
             SEEN["headers"].update(headers)
             status = int(os.environ.get("STAND_IN_STATUS", 0))
             if os.environ.get("STAND_IN_LEGACY") and headers.get("mcp-protocol-version", "") >= "2026": status = 400
+            if scope["method"] == "DELETE" and os.environ.get("STAND_IN_CLINGS"): await anyio.sleep_forever()
             if status: return await Response("<h1>no</h1>", status, media_type="text/html")(scope, receive, send)
         await app(scope, receive, send)
 

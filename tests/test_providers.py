@@ -251,6 +251,12 @@ def test_a_server_of_the_older_protocol(services):
     assert service.seen["headers"]["mcp-protocol-version"] < "2026"
 
 
+def test_an_answer_is_not_lost_to_a_server_that_clings_to_the_session(services):
+    service = services("mcp", STAND_IN_LEGACY=1, STAND_IN_CLINGS=1)
+    assert artist(service.url, MCP_IMAGEN_SECONDS=30).run({"prompt": "a boat"}, LocalContext())["provider"] == "mcp"
+    assert not [t for t in threading.enumerate() if t.name == "colab-gpu-provider"]
+
+
 def test_the_key_in_an_address_is_not_shown(services):
     for path in ("k3y/mcp", "k3y/generate"):
         asked = artist(f"http://{services('plain').host}/{path}")

@@ -122,6 +122,13 @@ def test_a_standby_draws_by_itself(server, standby):
     assert (job.result["provider"], job.result["served_by"], job.result["model"], job.result["seed"]) == ("local", "spare", "demo", 7)
 
 
+def test_a_tool_of_ones_own_on_a_standby(server, standby, tmp_path):
+    (tmp_path / "own.py").write_text("from colab_gpu.tools import tool\n@tool('reverse')\ndef reverse(text: str): return {'text': text[::-1]}\n")
+    standby(server.url, "--load", tmp_path / "own.py", "--tools", "reverse", seconds=0)
+    result = server.client.submit("reverse", {"text": "abc"}).wait().result
+    assert result == {"text": "cba", "provider": "local", "served_by": "spare"}
+
+
 def test_a_standby_chats_with_its_ollama(server, standby, services, processes):
     pytest.importorskip("ollama")
     service = services("plain")
