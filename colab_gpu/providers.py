@@ -19,8 +19,9 @@ from .jobs import Executor, ImagenRequest, RunContext
 # %% auto #0
 __all__ = ['SYNONYMS', 'NEEDED', 'PLAIN_FIELDS', 'FORMATS', 'LOOK_S', 'STATUSES', 'NEEDS_MCP', 'TOOL', 'FAREWELL_S', 'Address',
            'addresses', 'spoken', 'Answer', 'pictures_in', 'picture_format', 'picture_size', 'checked', 'Call',
-           'attended', 'status_error', 'one_line', 'too_large', 'lost', 'PlainCall', 'McpCall', 'ask', 'counting',
-           'read_result', 'tool_error', 'mcp_error', 'ServiceImages', 'draw', 'draw_at', 'hand_over', 'Signed']
+           'attended', 'status_error', 'one_line', 'too_large', 'lost', 'PlainCall', 'McpCall', 'begin', 'ask',
+           'counting', 'read_result', 'tool_error', 'mcp_error', 'ServiceImages', 'draw', 'draw_at', 'hand_over',
+           'Signed']
 
 # %% ../nbs/15a_providers.ipynb #d7ee4a0e
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ class PlainCall:
             raise status_error(response.status_code, why, where, response.headers.get("Retry-After"))
         return Answer([bytes(body)] if kind.startswith("image/") else [*pictures_in(facts)], facts)
 
-# %% ../nbs/15a_providers.ipynb #a770f145
+# %% ../nbs/15a_providers.ipynb #ff2096b4
 NEEDS_MCP = 'Asking an MCP image service needs a package: pip install "colab-gpu[mcp]"'
 TOOL, FAREWELL_S = "generate_image", 2.0
 
@@ -241,38 +242,40 @@ class McpCall:
                  report: Callable[[int, int], None] = lambda step, total: None) -> None:
         self.address, self.arguments, self.limit_s, self.most_bytes, self.report = address, arguments, limit_s, most_bytes, report
         self.statuses, self.came, self.connected, self.over = list[int](), 0, False, False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[None] | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.task: asyncio.Task[None] | None = None
 
     def run(self) -> Answer:
         "See `Call`."
         if not find_spec("mcp"): raise Transient(f"{NEEDS_MCP}.", code="needs_mcp")
         log = logging.getLogger("mcp")
         if not log.handlers: log.addHandler(logging.NullHandler())  # what it logs, with tracebacks, is said below in a sentence
-        try: return asyncio.run(self._begin())
+        try: return asyncio.run(begin(self))
         except ColabGPUError: raise
         except (Exception, asyncio.CancelledError) as e: raise mcp_error(self, e) from None
-
-    async def _begin(self) -> Answer:
-        self._loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Answer] = self._loop.create_future()
-        self._task = asyncio.create_task(ask(self, answer))
-        if self.over: self._task.cancel()
-        either: set[asyncio.Future[Any]] = {self._task, answer}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done(): await self._task  # it raises
-        await asyncio.wait({self._task}, timeout=FAREWELL_S)
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)  # what goes wrong after the answer is nobody's concern
-        return answer.result()
 
     def hang_up(self) -> None:
         "See `Call`."
         if self.over: return  # a second cancel would cut the first one's farewell short
         self.over = True
         try:
-            if self._loop and self._task: self._loop.call_soon_threadsafe(self._task.cancel)
+            if self.loop and self.task: self.loop.call_soon_threadsafe(self.task.cancel)
         except RuntimeError: pass  # the loop has just ended
+
+# %% ../nbs/15a_providers.ipynb #a770f145
+async def begin(call: McpCall) -> Answer:
+    "Ask in a task that `hang_up` can cancel; the answer, at most two seconds after it has come. Raises what `ask` raises."
+    call.loop = asyncio.get_running_loop()
+    answer: asyncio.Future[Answer] = call.loop.create_future()
+    task = call.task = asyncio.create_task(ask(call, answer))
+    if call.over: task.cancel()
+    either: set[asyncio.Future[Any]] = {task, answer}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    if not answer.done(): await task  # it raises
+    await asyncio.wait({task}, timeout=FAREWELL_S)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)  # what goes wrong after the answer is nobody's concern
+    return answer.result()
 
 # %% ../nbs/15a_providers.ipynb #862ae23b
 async def ask(call: McpCall, answer: asyncio.Future[Answer]) -> None:
