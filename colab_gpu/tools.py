@@ -37,7 +37,8 @@ def _whole(value: Any, name: str) -> int:
 def _fraction(value: Any, name: str) -> float:
     number = read_number({name: value}, name, None)
     if number is None: raise _wrong(name, "a number", value)
-    return float(number)
+    try: return float(number)
+    except OverflowError: raise InvalidPayload(f"`{name}` is larger than any number that can be worked with.", field=name) from None
 
 # %% ../nbs/02a_tools.ipynb #1004c003
 def _switch(value: Any, name: str) -> bool:

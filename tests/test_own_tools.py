@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 from conftest import TOKEN
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from colab_gpu.client import Client
 from colab_gpu.errors import InvalidInput, InvalidPayload
-from colab_gpu.tools import load_tools, run_tool
+from colab_gpu.jobs import LocalContext
+from colab_gpu.tools import FunctionTool, load_tools, run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 GATED = '''
@@ -92,6 +95,37 @@ def test_the_example_can_be_tried_without_a_server(tmp_path):
     with pytest.raises(Exception, match="canceled"): run_tool(upscale, {"image": image, "doublings": 3}, cancel_at=1)
     with pytest.raises(InvalidInput, match="from 1 to 4"): run_tool(upscale, {"image": image, "doublings": 5})
     with pytest.raises(InvalidPayload, match="whole number"): run_tool(upscale, {"image": image, "doublings": 1.5})
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=8) | st.sampled_from(
+    ["1", " 2.5", "1e999", "-0", "nan", "true", "data:x;base64,AAAA", "AAAA", "\ud800", "0" * 5000])
+VALUES = SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(max_size=3), SCALARS, max_size=2)
+KINDS = {"whole": int, "fraction": float, "text": str, "switch": bool, "data": bytes, "rows": list, "box": dict}
+CALLED = set()
+
+
+@settings(deadline=None, max_examples=500, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from([*KINDS, "maybe", "ctx", "other"]), VALUES, max_size=3))
+def test_a_tool_gets_what_it_declared_or_is_not_called(payload):
+    "Whatever the payload: each argument has its annotated type, or the caller is told which field is wrong."
+    got = {}
+
+    def many(whole: int = 0, fraction: float = 0.0, text: str = "", switch: bool = False, data: bytes = b"", rows: list = [], box: dict = {},
+             maybe: int | None = None, *, ctx):
+        got.update(locals())
+
+    context = LocalContext()
+    try: FunctionTool("many", many).run(payload, context)
+    except InvalidPayload as e:
+        assert e.field in payload and not got
+        return
+    CALLED.update(payload)
+    assert got.pop("ctx") is context and all(type(got[name]) is kind for name, kind in KINDS.items()) and type(got["maybe"]) in (int, type(None))
+    assert got["fraction"] - got["fraction"] == 0, "finite"
+
+
+def test_every_argument_was_tried():
+    if CALLED: assert CALLED >= {*KINDS, "maybe"}
 
 
 def test_a_tool_of_ones_own_is_watched_and_canceled(own_worker, tmp_path):
