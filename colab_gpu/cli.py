@@ -13,7 +13,7 @@ from typing import Any
 from . import __version__
 from .client import Chat, Client, Event, RemoteJob, Transport
 from .config import SETTINGS, Settings
-from .gpu import Arbiter, Device, accelerator_info, find_device
+from .gpu import Arbiter, Device, accelerator_info, find_device, installed_versions
 from .errors import ColabGPUError, ConnectionFailed, ExecutionError, InvalidPayload, InvalidSetting
 from .jobs import ImagenRequest
 
@@ -304,7 +304,8 @@ def cmd_worker(args: argparse.Namespace) -> int:
     from colab_gpu.worker import Worker, run_until_interrupted
     settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id, WORKER_MAX_BATCH=args.max_batch)
     device = find_device()
-    worker = Worker(executors_here(settings, device), settings, log=lambda text: print(text, flush=True), info=accelerator_info(device))
+    worker = Worker(executors_here(settings, device), settings, log=lambda text: print(text, flush=True),
+                    info={**accelerator_info(device), "versions": installed_versions()})
     if not worker.tools: raise ExecutionError(f"This machine has none of the tools. {NEEDS_IMAGES}. {NEEDS_CHAT}")
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what we started ends
     try:
