@@ -497,9 +497,9 @@ class WorkerSeen:
     jobs: dict[str, int | None] = field(default_factory=dict)
     ears: set[asyncio.Event] = field(default_factory=set)
 
-    def live(self, now_ms: int) -> bool:
-        "Whether it can be expected to ask again: it waits right now, has a job whose lease runs, or was here within 90 s."
-        return bool(self.waiting or now_ms - self.seen_ms < 90_000 or any(until and until > now_ms for until in self.jobs.values()))
+    def live(self, now_ms: int, grace_s: float = 90) -> bool:
+        "Whether it can be expected to ask again: it waits right now, has a job whose lease runs, or was here within `grace_s` seconds."
+        return bool(self.waiting or now_ms - self.seen_ms < grace_s * 1000 or any(until and until > now_ms for until in self.jobs.values()))
 
     @property
     def able(self) -> bool: return not self.draining and self.ask.paused is None
@@ -736,7 +736,8 @@ def _servable(broker: Broker, ask: Ask, ahead: bool = False) -> Callable[[str], 
     "What a worker must leave alone: what outlasts its session; as a standby, lanes of regular workers; looking `ahead`, those of idle ones."
     if ask.standby_s is None and ask.session_left_s is None and not ahead: return None
     now, left = broker.now_ms(), ask.session_left_s if ask.session_left_s is not None else math.inf
-    regulars = [w for w in broker.roster.workers.values() if w.live(now) and w.ask.standby_s is None and w.able]
+    grace_s = min(90, max(15, ask.standby_s or 0))  # a worker that doesn't wait asks every few seconds; one that was killed is gone for good
+    regulars = [w for w in broker.roster.workers.values() if w.live(now, grace_s) and w.ask.standby_s is None and w.able]
     def servable(name: str) -> bool:
         lasts_s = broker.pace.get(lane_parts(name)[0], 0)
         if lasts_s > left or (ahead and _idle(broker, name, lasts_s)): return False

@@ -16,14 +16,15 @@ from .config import SETTINGS, Settings
 from .gpu import Arbiter, Device, accelerator_info, find_device, installed_versions
 from .errors import ColabGPUError, ConnectionFailed, ExecutionError, InvalidPayload, InvalidSetting
 from .jobs import ImagenRequest
+from .tools import beside, load_tools
 
 # %% auto #0
 __all__ = ['NEEDS_IMAGES', 'NEEDS_CHAT', 'say', 'show', 'Progress', 'job_line', 'show_job', 'follow', 'read_payload',
            'read_json_file', 'cmd_serve', 'cmd_submit', 'cmd_status', 'cmd_cancel', 'cmd_retry', 'cmd_wait', 'cmd_jobs',
            'cmd_events', 'worker_line', 'cmd_workers', 'cmd_drain', 'image_payload', 'cmd_imagine', 'cmd_replay',
            'chat_payload', 'cmd_chat', 'canceled_with_us', 'executors_here', 'chat_executors', 'preload_chat',
-           'cmd_worker', 'cmd_demo', 'cmd_settings', 'checks', 'cmd_doctor', 'build_parser', 'run_command', 'main',
-           'helper_parser', 'helper_body', 'mcp_gpu_job']
+           'provided', 'signed', 'worker_executors', 'cmd_worker', 'cmd_demo', 'cmd_settings', 'checks', 'cmd_doctor',
+           'build_parser', 'run_command', 'main', 'helper_parser', 'helper_body', 'mcp_gpu_job']
 
 # %% ../nbs/20_cli.ipynb #f8a99289
 def say(text: str) -> None:
@@ -296,16 +297,39 @@ def preload_chat(executors: Sequence[Any], settings: Settings) -> None:
             try: executor.preload()
             except ColabGPUError as e: print(f"[ollama] {e.message}", flush=True)
 
+# %% ../nbs/20_cli.ipynb #e9bac33b
+def provided(settings: Settings, device: Device) -> list[Any]:
+    "The built-in executors that WORKER_PROVIDER means. Raises `InvalidSetting` when it means an image service and there is no address."
+    from colab_gpu.providers import ServiceImages
+    provider, standby = settings["WORKER_PROVIDER"], settings["WORKER_STANDBY_SECONDS"] != ""
+    if provider == "auto": provider = "mcp" if standby and settings["MCP_IMAGEN_URL"] else "local"
+    if provider == "local": return executors_here(settings, device)
+    return [ServiceImages(settings), *chat_executors(settings, Arbiter(device, say=lambda line: print(line, flush=True)))]
+
+def signed(executors: Sequence[Any], settings: Settings) -> list[Any]:
+    "The executors of a standby: their results say who served them."
+    from colab_gpu.providers import ServiceImages, Signed
+    return [executor if isinstance(executor, ServiceImages) else Signed(executor, "local", settings["WORKER_ID"]) for executor in executors]
+
+# %% ../nbs/20_cli.ipynb #6ac866dd
+def worker_executors(settings: Settings, device: Device) -> list[Any]:
+    "What a worker with these settings serves: the tools of WORKER_LOAD, and the built-in ones. Raises `InvalidSetting`."
+    own, wanted = load_tools(settings["WORKER_LOAD"]), settings["WORKER_TOOLS"]
+    only_own = wanted and {*wanted} <= {executor.tool for executor in own}
+    found = [*own] if only_own else beside(provided(settings, device), own, say)
+    return found if settings["WORKER_STANDBY_SECONDS"] == "" else signed(found, settings)
+
 # %% ../nbs/20_cli.ipynb #5c1e77a1
 NEEDS_IMAGES = 'Drawing needs more packages: pip install "colab-gpu[images]"'
 NEEDS_CHAT = 'Chatting needs Ollama (https://ollama.com/download) and a package: pip install "colab-gpu[chat]"'
 
 def cmd_worker(args: argparse.Namespace) -> int:
     from colab_gpu.worker import Worker, run_until_interrupted
-    settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id, WORKER_MAX_BATCH=args.max_batch)
-    device = find_device()
-    worker = Worker(executors_here(settings, device), settings, log=lambda text: print(text, flush=True),
-                    info={**accelerator_info(device), "versions": installed_versions()})
+    settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id, WORKER_MAX_BATCH=args.max_batch, WORKER_LOAD=args.load,
+                         WORKER_STANDBY_SECONDS=args.standby, WORKER_PROVIDER=args.provider)
+    device, standby = find_device(), settings["WORKER_STANDBY_SECONDS"]
+    worker = Worker(worker_executors(settings, device), settings, log=lambda text: print(text, flush=True),
+                    standby_s=None if standby == "" else standby, info={**accelerator_info(device), "versions": installed_versions()})
     if not worker.tools: raise ExecutionError(f"This machine has none of the tools. {NEEDS_IMAGES}. {NEEDS_CHAT}")
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what we started ends
     try:
@@ -366,7 +390,7 @@ def cmd_settings(args: argparse.Namespace) -> int:
 def checks(settings: Settings) -> list[tuple[str, str, str]]:
     "What this machine has: (what, `ok`, `missing` or `note`, a sentence with the command that mends it)."
     rows = [("Python", "ok", sys.version.split()[0])]
-    rows += [_check_images(), _check_chat(settings)]
+    rows += [_check_images(), _check_chat(settings), *_check_service(settings)]
     for name, whose in (("GPU_WORKER_TOKEN", "the server"), ("STACK_WORKER_TOKEN", "the worker")):
         rows.append((name, "ok", "set") if settings[name] else
                     (name, "note", f"not set: {whose} needs it; choose a long random text, the same for both"))
@@ -392,6 +416,13 @@ def _check_chat(settings: Settings) -> tuple[str, str, str]:
     why = daemon.obstacle()
     if why: return "chat", "note", f"no chat jobs here: {why}"
     return "chat", "ok", f"no Ollama runs at {daemon.url}; colab-gpu worker starts one when a job needs it"
+
+def _check_service(settings: Settings) -> list[tuple[str, str, str]]:
+    if not settings["MCP_IMAGEN_URL"]: return []
+    from colab_gpu.providers import ServiceImages
+    try: service = ServiceImages(settings)
+    except InvalidSetting as e: return [("image service", "missing", e.message)]
+    return [("image service", "ok", f"{service.addresses[0].host} is asked by a standby (colab-gpu worker --standby 20)")]
 
 def _check_data(folder: Path) -> tuple[str, str, str]:
     at = folder
@@ -441,7 +472,13 @@ def _add_running(add: Callable[..., argparse.ArgumentParser]) -> None:
     worker = add("worker", cmd_worker, "Run jobs on this machine")
     worker.add_argument("--once", action="store_true", help="run one job, then stop")
     worker.add_argument("--tools", help="tools to serve, comma list")
+    worker.add_argument("--load", action="append", metavar="FILE_OR_MODULE",
+                        help="serve the tools that it registers with @tool too; may be repeated (WORKER_LOAD)")
     worker.add_argument("--id", help="label shown in job history (WORKER_ID)")
+    worker.add_argument("--standby", metavar="SECONDS",
+                        help="take only what has waited that long with no regular worker for it (WORKER_STANDBY_SECONDS)")
+    worker.add_argument("--provider", choices=("auto", "mcp", "local"),
+                        help="who draws: the image service at MCP_IMAGEN_URL, or this machine (WORKER_PROVIDER)")
     worker.add_argument("--max-batch", type=int, metavar="N", help="most jobs to run in one batch, 1 to 16 (WORKER_MAX_BATCH)")
 
 def _add_jobs(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -147,6 +147,17 @@ _ROWS += [
     Setting("WORKER_SESSION_SECONDS", "0", number(0, 10_000_000),
             "How long this machine is ours, from the worker's start, seconds; 0: no end known", "worker"),
     Setting("COLAB_GPU_OUTBOX", "", str, "Folder of results to send; blank: a mounted Google Drive, else the data folder; `none`: memory", "worker"),
+    Setting("WORKER_LOAD", "", words, "Files or modules with tools of your own (`@tool`), comma list", "worker"),
+    Setting("WORKER_STANDBY_SECONDS", "", number(0, 86_400), "Take only what has waited that long with no regular worker; blank: all", "worker"),
+    Setting("WORKER_PROVIDER", "auto", choice("auto", "mcp", "local"),
+            "Who draws: `mcp`, the image service, or `local`, this machine; auto: the service for a standby that has one", "worker"),
+]
+
+# %% ../nbs/01_config.ipynb #f050a30e
+_ROWS += [
+    Setting("MCP_IMAGEN_URL", "", base_url, "Image service: an MCP endpoint, or an address that ends in /generate", "providers"),
+    Setting("MCP_IMAGEN_SECONDS", "300", number(1, 86_400), "Longest wait for a picture from the image service, seconds", "providers"),
+    Setting("MCP_IMAGEN_MAX_BYTES", str(64 << 20), number(1024, 1 << 30, whole=True), "Largest answer of the image service, bytes", "providers"),
 ]
 
 # %% ../nbs/01_config.ipynb #6cd0c1f5

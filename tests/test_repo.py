@@ -32,19 +32,21 @@ MUST_NOT_KNOW = {
     "schedulers": {"*"}, "pictures": {"httpd", "server", "client"}, "models": {"httpd", "server", "client", "torch", "diffusers"},
     "pipelines": {"httpd", "server", "client", "jobs"}, "painting": {"httpd", "server", "client", "config"},
     "guard": {"*"}, "runs": {"httpd", "server"}, "hearts": {"httpd", "server", "outbox"}, "outbox": {"client", "hearts", "httpd", "server"},
-    "daemon": {"jobs", "httpd", "server"}, "chat": {"httpd", "server"}, "tunnel": {"jobs"}, "panel": {"httpd", "store", "sqlite3"}, "mcp_server": {"server", "broker", "store"},
+    "daemon": {"jobs", "httpd", "server"}, "chat": {"httpd", "server"}, "providers": {"httpd", "server"},
+    "tools": {"config", "store", "httpd"}, "tunnel": {"jobs"}, "panel": {"httpd", "store", "sqlite3"}, "mcp_server": {"server", "broker", "store"},
     "cli": {"broker", "store"},
 }
 # What a room must not reach at all, through whatever it imports: server and worker meet at the contract alone.
 OUT_OF_REACH = {
     "server": {"client", "worker", "images", "chat", "gpu"}, "webhooks": {"server", "client", "worker"}, "worker": {"server", "store", "broker", "httpd"},
     "client": {"server", "store", "broker", "httpd", "worker"}, "images": {"server", "worker"}, "daemon": {"server", "worker"}, "chat": {"server", "worker"},
+    "tools": {"server", "worker", "client"}, "providers": {"server", "worker", "images"},
 }
 # Third-party names live in one room each (`cli`: what `colab-gpu doctor` looks at).
 HOMES = {"torch": {"pipelines", "gpu", "cli"}, "diffusers": {"pipelines", "cli"}, "transformers": {"pipelines"}, "accelerate": {"pipelines"},
          "safetensors": {"pipelines"}, "tokenizers": {"pipelines"}, "PIL": {"pictures", "painting"}, "numpy": {"painting"}, "requests": {"client"},
          "google": {"config"}, "ollama": {"chat"}, "httpx": {"chat"}, "ipywidgets": {"panel"}, "IPython": {"panel"}, "pyngrok": {"tunnel"},
-         "psycopg": {"postgres"}, "mcp": {"mcp_server"}, "fsspec": {"archive"}}
+         "psycopg": {"postgres"}, "mcp": {"mcp_server", "providers"}, "httpx2": {"providers"}, "fsspec": {"archive"}}
 # What merely importing a room may load; everything else is loaded when it is first used.
 LOADS = {"client": {"requests"}, "panel": {"ipywidgets", "IPython"}, "mcp_server": {"mcp"}, "postgres": {"psycopg"}}
 LONGEST = 45
