@@ -120,6 +120,17 @@ def work(processes):
     return start
 
 
+@pytest.fixture
+def stand_in(processes):
+    """Starts a stand-in for the Ollama daemon; its address."""
+
+    def start(**env):
+        process = processes(sys.executable, ROOT / "tests" / "ollama_daemon.py", "serve", **{"OLLAMA_HOST": "127.0.0.1:0", **env})
+        return "http://" + process.wait_for(r"Listening on (\S+)")[1]
+
+    return start
+
+
 @pytest.fixture(scope="session")
 def one_thread():
     "Pictures this small gain nothing from a second thread, and on a busy machine two that wait for each other cost tenfold."

@@ -12,6 +12,7 @@ answered with its own words; words in brackets steer the answer:
     [think] thinks first             [call] calls the first tool                 [stuck] never unloads
 
 What it has seen is at `GET /stand-in`. Models are those named in STAND_IN_MODELS (comma list); it can pull those in STAND_IN_LIBRARY.
+STAND_IN_SIZES (comma list of name=bytes) says how large they are, where half a gigabyte will not do.
 """
 
 import hashlib
@@ -41,6 +42,7 @@ class State:
     def __init__(self):
         def names(variable, default=""): return {full(n) for n in os.environ.get(variable, default).split(",") if n}
         self.models, self.library = names("STAND_IN_MODELS", "llama3:8b"), names("STAND_IN_LIBRARY")
+        self.sizes = {full(n): int(size) for n, _, size in (row.partition("=") for row in os.environ.get("STAND_IN_SIZES", "").split(",") if row)}
         self.loaded, self.stuck, self.lock, self.go = {}, set(), threading.Lock(), threading.Event()
         self.seen = {"requests": [], "tokens": 0, "stopped": 0, "stopped_at": 0.0, "pulls": [], "pulling": 0, "most_pulling": 0, "unloads": [], "bodies": []}
 
@@ -75,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/tags": return self.json({"models": [model_row(n) for n in sorted(STATE.models)]})
         if path == "/api/ps":
             with STATE.lock:
-                rows = [{**model_row(n), "expires_at": until, "size_vram": SIZE, "context_length": 4096} for n, until in STATE.loaded.items()]
+                rows = [{**model_row(n), "expires_at": until, "size_vram": STATE.sizes.get(n, SIZE), "context_length": 4096} for n, until in STATE.loaded.items()]
             return self.json({"models": rows})
         if path == "/stand-in/go":
             STATE.go.set()
@@ -249,7 +251,7 @@ class Handler(BaseHTTPRequestHandler):
 def model_row(name):
     family = name.partition(":")[0]
     details = {"parent_model": "", "format": "gguf", "family": family, "families": [family], "parameter_size": "8.0B", "quantization_level": "Q4_0"}
-    return {"name": name, "model": name, "modified_at": "2026-11-01T12:00:00Z", "size": SIZE, "digest": hashlib.sha256(name.encode()).hexdigest(), "details": details}
+    return {"name": name, "model": name, "modified_at": "2026-11-01T12:00:00Z", "size": STATE.sizes.get(name, SIZE), "digest": hashlib.sha256(name.encode()).hexdigest(), "details": details}
 
 
 def vector(text, dimensions):

@@ -9,14 +9,13 @@ import stat
 import subprocess
 import sys
 import threading
-import urllib.request
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import TOKEN
-from processes import eventually
+from processes import eventually, seen
 
 from colab_gpu.chat import ChatExecutor, EmbedExecutor, Guard, Ollama, ollama_client, unload
 from colab_gpu.cli import _check_chat
@@ -29,21 +28,6 @@ from colab_gpu.jobs import LocalContext
 pytest.importorskip("ollama")
 HERE = Path(__file__).resolve().parent
 posix = pytest.mark.skipif(os.name == "nt", reason="the shim is a POSIX script")
-
-
-def seen(url, path="/stand-in"):
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url + path) as answer:
-        return json.load(answer)
-
-
-@pytest.fixture
-def stand_in(processes):
-    """Starts a stand-in daemon; its address."""
-    def start(**env):
-        process = processes(sys.executable, HERE / "ollama_daemon.py", "serve", **{"OLLAMA_HOST": "127.0.0.1:0", **env})
-        url = "http://" + process.wait_for(r"Listening on (\S+)")[1]
-        return url
-    return start
 
 
 @pytest.fixture
