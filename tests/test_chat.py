@@ -333,7 +333,7 @@ class Turns:
     def join(self, holder): self.joined.append(holder)
     @contextmanager
     def turn(self, family, need_bytes=0, check=lambda: None):
-        self.turns.append((family, need_bytes))
+        self.turns.append((family, need_bytes() if callable(need_bytes) else need_bytes))
         yield
 
 

@@ -195,7 +195,7 @@ class OneAtATime:
     @contextlib.contextmanager
     def turn(self, family, need_bytes=0, check=lambda: None):
         check()
-        self.turns.append((family, need_bytes))
+        self.turns.append((family, need_bytes() if callable(need_bytes) else need_bytes))
         yield
 
 

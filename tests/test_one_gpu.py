@@ -18,7 +18,6 @@ from processes import eventually, seen
 
 from colab_gpu.chat import ChatExecutor, Ollama
 from colab_gpu.config import Settings
-from colab_gpu.errors import Interrupted, OutOfMemory
 from colab_gpu.images import ImageExecutor
 from colab_gpu.jobs import LocalContext
 from colab_gpu.models import find_model
