@@ -201,15 +201,16 @@ class Ollama(OllamaCalls):
     ----------
     settings: OLLAMA_URL and the rest of the room `chat`; `None` reads the environment. daemon: who starts it; `None`: a `Daemon` of these
     settings. arbiter: who gives turns on the GPU (`gpu.Arbiter`); `None`: nobody else uses it. say: takes lines for people.
+    unload_s: how long a model may take to leave the GPU, seconds.
     """
     family = "chat"
 
     def __init__(self, settings: Mapping[str, Any] | None = None, *, daemon: Daemon | None = None, arbiter: Arbiter | None = None,
-                 say: Callable[[str], Any] = print) -> None:
+                 say: Callable[[str], Any] = print, unload_s: float = 30) -> None:
         self.settings = Settings() if settings is None else settings
         self.daemon = daemon or Daemon(self.settings, say=say)
         super().__init__(self.daemon.url, self.daemon.local)
-        self.say, self.arbiter, self._pulling = say, arbiter if self.local else None, threading.Lock()
+        self.say, self.unload_s, self.arbiter, self._pulling = say, unload_s, arbiter if self.local else None, threading.Lock()
         if self.arbiter is not None: self.arbiter.join(self)
 
     def __repr__(self) -> str: return f"Ollama({self.url}, loaded: {', '.join(self.models()) or 'nothing'})"
@@ -247,7 +248,7 @@ def leave(ollama: Ollama, need_bytes: int) -> None:
         freed = 0
         for row in sorted(ollama.rows(), key=lambda row: str(row.get("expires_at") or "")):
             if freed >= need_bytes: return
-            if unload(ollama, row["model"]): freed += int(row.get("size_vram") or 0)
+            if unload(ollama, row["model"], ollama.unload_s): freed += int(row.get("size_vram") or 0)
             else: ollama.say(f"[ollama] {row['model']} was asked to leave the GPU, and has not.")
     except ExecutionError as e: ollama.say(f"[ollama] {e}")
 

@@ -7,7 +7,7 @@ answered with its own words; words in brackets steer the answer:
 
     [tokens=N] N tokens instead      [rate=R] R tokens a second        [hold] nothing, until the caller hangs up
     [busy] 503                       [error=N] an error frame after N tokens     [cut=N] the connection ends there
-    [die=N] the process ends there   [oom] 500, as when a model doesn't fit      [fail] 500
+    [die=N] the process ends there   [oom] 500, as when a model doesn't fit ([oom=N]: so many times)      [fail] 500
     [wait=N] waits after N tokens, until somebody asks for GET /stand-in/go
     [think] thinks first             [call] calls the first tool                 [stuck] never unloads
 
@@ -43,8 +43,14 @@ class State:
         def names(variable, default=""): return {full(n) for n in os.environ.get(variable, default).split(",") if n}
         self.models, self.library = names("STAND_IN_MODELS", "llama3:8b"), names("STAND_IN_LIBRARY")
         self.sizes = {full(n): int(size) for n, _, size in (row.partition("=") for row in os.environ.get("STAND_IN_SIZES", "").split(",") if row)}
+        self.asked = {}
         self.loaded, self.stuck, self.lock, self.go = {}, set(), threading.Lock(), threading.Event()
         self.seen = {"requests": [], "tokens": 0, "stopped": 0, "stopped_at": 0.0, "pulls": [], "pulling": 0, "most_pulling": 0, "unloads": [], "bodies": []}
+
+    def lacking(self, text, times):
+        """Whether this prompt came at most so many times."""
+        with self.lock: self.asked[text] = self.asked.get(text, 0) + 1
+        return self.asked[text] <= times
 
     def count(self, name, by=1):
         with self.lock:
@@ -150,7 +156,7 @@ class Handler(BaseHTTPRequestHandler):
         text = (messages[-1].get("content") or "" if messages else "") if chat else body.get("prompt") or ""
         steer = dict(re.findall(r"\[(\w+)(?:=(\d+))?\]", text))
         if "busy" in steer: return self.json({"error": "server busy, please try again.  maximum pending requests exceeded"}, 503)
-        if "oom" in steer: return self.json({"error": "model requires more system memory (9.1 GiB) than is available (3.2 GiB)"}, 500)
+        if "oom" in steer and (not steer["oom"] or STATE.lacking(text, int(steer["oom"]))): return self.json({"error": "model requires more system memory (9.1 GiB) than is available (3.2 GiB)"}, 500)
         if "fail" in steer: return self.json({"error": "llama runner process has terminated: exit status 2"}, 500)
         if body.get("think") and "think" not in steer and name.startswith("llama3"):
             return self.json({"error": f'"{name}" does not support thinking'}, 400)

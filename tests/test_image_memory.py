@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 
 import numpy as np
 import torch
+from card import Scarce
 from PIL import Image
 
 from colab_gpu import painting
@@ -52,21 +53,6 @@ def job(seed=7, **more):
 
 def image(ctx):
     return np.asarray(Image.open(io.BytesIO(ctx.artifacts["image.png"][0])), int)
-
-
-class Scarce:
-    "Memory that suffices while `enough(pipe, pictures)`; the denoiser and the decoder run out of it otherwise."
-
-    def __init__(self, model, monkeypatch, enough, where="unet"):
-        self.calls, part = [], getattr(model.pipe, where)
-        name = "decode" if where == "vae" else "forward"
-        whole = getattr(part, name)
-
-        def short(sample, *args, **kwargs):
-            self.calls.append(len(sample))
-            if not enough(model, len(sample)): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
-            return whole(sample, *args, **kwargs)
-        monkeypatch.setattr(part, name, short)
 
 
 # ---- the ladder -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import io
 import shutil
 import threading
+import weakref
 
 import pytest
 
@@ -12,12 +13,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("ollama")
 
 import numpy as np
-from card import Card, Watched
+import torch
+from card import Card, Scarce, Watched
 from PIL import Image
 from processes import eventually, seen
 
 from colab_gpu.chat import ChatExecutor, Ollama
 from colab_gpu.config import Settings
+from colab_gpu.errors import OutOfMemory
 from colab_gpu.images import ImageExecutor
 from colab_gpu.jobs import LocalContext
 from colab_gpu.models import find_model
@@ -39,6 +42,7 @@ class Place:
     def __init__(self, card, model, **options):
         self.card, self.arbiter = card, Watched(card, **options)
         self.artist = ImageExecutor(str(model), device="cpu", settings=Settings(environ={}), arbiter=self.arbiter, free=lambda device: card.free_bytes())
+        card.shelf = self.artist.shelf
         own = Settings({"OLLAMA_URL": card.url, "START_OLLAMA": "0", "OLLAMA_PRELOAD_MODELS": "small"}, environ={})
         self.ollama = Ollama(own, arbiter=self.arbiter, say=self.arbiter.said.append)
         self.chat = ChatExecutor(ollama=self.ollama)
@@ -127,3 +131,164 @@ def test_chat_that_was_sent_away_while_its_job_waited_gets_room_again(place):
         assert here.chat.models() == []
     waiting.join(60)
     assert answers == ["the quick brown fox"] and here.artist.models() == [] and here.card.lowest >= 0
+
+
+# ---- the warm family goes first, for a bounded time -----------------------------------------------------------------
+
+class Line:
+    "Two that draw picture after picture, so that one of them is always waiting; each picture takes ten seconds of the arbiter's clock."
+    def __init__(self, here):
+        self.here, self.order, self.over = here, [], threading.Event()
+        self.threads = [threading.Thread(target=self.draw, args=(n,), daemon=True) for n in range(2)]
+
+    def draw(self, n):
+        while not self.over.is_set():
+            ctx = LocalContext()
+            ctx.on_progress = lambda step, total: step == 1 and self.first_step()
+            self.here.picture(n, ctx)
+
+    def first_step(self):
+        eventually(lambda: self.over.is_set() or any(family == "images" for family, _ in self.here.arbiter.waiting), "the other's place in the line")
+        self.here.now += 10
+        self.order.append("images")
+
+
+def test_the_warm_family_is_preferred_only_for_a_bounded_time(place):
+    here = place(15, prefer_s=45, clock=lambda: here.now)
+    here.now = 0.0
+    first, line = here.picture(0), Line(here)
+    for thread in line.threads: thread.start()
+    eventually(lambda: line.order, "the first picture")
+    asked = len(line.order)
+    ctx = LocalContext()
+    ctx.token = lambda text, kind="": line.order.append("chat")
+    here.chat.run({"prompt": "hello", "model": "large"}, ctx)
+    line.over.set()
+    for thread in line.threads: thread.join(60)
+    before = line.order.index("chat") - asked
+    assert 4 <= before <= 7, f"{before} pictures of ten seconds were drawn while chat waited; the warm family may go first for 45"
+    assert here.unloads() == ["large:latest"] and (here.picture(0) == first).all(), "and back"
+    assert here.card.lowest >= 0 and not here.arbiter.waiting and here.arbiter.owner is None
+
+
+# ---- memory that runs out although both seemed to fit ---------------------------------------------------------------
+
+ALONE = "Memory ran out: chat left it."
+SLICED = "Memory ran out: decoding in slices and tiles."
+AWAY = "Memory ran out: parts of the model wait in the machine's own memory until they compute."
+
+
+@pytest.fixture
+def crowded(place, monkeypatch):
+    "A picture was drawn and a small chat model answered: both are there. `scarce(enough, where)` limits the memory; its calls."
+    here = place(15)
+    here.plain = here.picture()
+    here.answer()
+    here.model = next(iter(here.artist.shelf.loaded.values()))
+    whole = here.model.pipe.enable_model_cpu_offload
+    monkeypatch.setattr(here.model.pipe, "enable_model_cpu_offload", lambda device: whole(device="cpu"))  # the hooks are real, the card isn't
+    here.scarce = lambda enough, where="unet", patch=monkeypatch: Scarce(here.model, patch, enough, where)
+    return here
+
+
+def batch(here, count=4):
+    jobs = [({"prompt": "a red circle on a blue background", "seed": 7 + n, **SMALL}, LocalContext()) for n in range(count)]
+    return here.artist.run_batch(jobs), [ctx for _, ctx in jobs]
+
+
+def pixels(ctx): return np.asarray(Image.open(io.BytesIO(ctx.artifacts["image.png"][0])), int)
+
+
+def test_first_chat_leaves_and_nothing_else_is_given_up(crowded):
+    scarce = crowded.scarce(lambda model, n: crowded.card.chat_bytes() == 0)
+    results, contexts = batch(crowded)
+    assert [result["batch_size"] for result in results] == [4] * 4 and contexts[0].logs == [ALONE] and len(scarce.calls) == 1 + 5
+    assert crowded.unloads() == ["small:latest"] and (crowded.model.rung, crowded.model.fits) == (0, None)
+    assert abs(pixels(contexts[0]) - crowded.plain).max() <= 1
+    assert crowded.answer() and crowded.chat.models() == ["small:latest"] and crowded.card.loads == ["twin"], "and comes back beside it"
+
+
+def test_then_each_rung_of_the_ladder_in_turn(crowded):
+    "Four pictures at once, beside chat, with memory that suffices for none of it until everything was tried."
+    crowded.model.device = "cuda"
+    tried = crowded.scarce(lambda model, n: crowded.card.chat_bytes() == 0 and n <= 2 and model.pipe.vae.use_tiling and model.offloaded)
+    results, contexts = batch(crowded)
+    assert contexts[0].logs == [ALONE, "Memory ran out: 2 at a time instead of 4.", "Memory ran out: 1 at a time instead of 2.", SLICED, AWAY]
+    assert tried.calls == [8, 8, 4, 2, 2] + [2] * 5 * 4, "guidance doubles what the denoiser sees"
+    assert [result["seed"] for result in results] == [7, 8, 9, 10] and all(ctx.steps[-1][0] == ctx.steps[-1][1] for ctx in contexts)
+    assert abs(pixels(contexts[0]) - crowded.plain).max() <= 1 and crowded.artist.held_bytes() == 0
+    assert crowded.answer() and crowded.chat.models() == ["small:latest"]
+    assert abs(crowded.picture() - crowded.plain).max() <= 1 and crowded.unloads() == ["small:latest"] * 2, "beside chat it would not fit this time either"
+
+
+def test_the_decoder_is_the_one_that_runs_out(crowded):
+    crowded.scarce(lambda model, n: n <= 1 and model.pipe.vae.use_slicing, where="vae")
+    _, contexts = batch(crowded, 2)
+    assert contexts[0].logs == [ALONE, "Memory ran out: 1 at a time instead of 2.", SLICED] and abs(pixels(contexts[0]) - crowded.plain).max() <= 1
+
+
+def test_then_it_says_what_would_fit_and_both_go_on(crowded, monkeypatch):
+    crowded.model.device = "cuda"
+    with monkeypatch.context() as patch:
+        crowded.scarce(lambda model, n: False, patch=patch)
+        results, contexts = batch(crowded, 2)
+        assert [str(result) for result in results] == ["256×256 pixels with twin need more memory than cuda has: take a smaller model."] * 2
+        assert all(isinstance(result, OutOfMemory) for result in results) and contexts[0].logs == [ALONE, "Memory ran out: 1 at a time instead of 2.", SLICED, AWAY]
+        assert not any(ctx.artifacts for ctx in contexts)
+    assert abs(crowded.picture() - crowded.plain).max() <= 1 and crowded.answer() == "the quick brown fox" and crowded.arbiter.owner is None
+
+
+def test_chat_that_does_not_leave_is_asked_once_and_the_ladder_goes_on(crowded):
+    crowded.ollama.unload_s = 0.1
+    crowded.answer("[stuck] hello")
+    crowded.scarce(lambda model, n: model.pipe.vae.use_tiling)
+    ctx = LocalContext()
+    assert abs(crowded.picture(ctx=ctx) - crowded.plain).max() <= 1
+    assert ctx.logs == [SLICED] and crowded.unloads() == ["small:latest"] and "small:latest was asked to leave the GPU, and has not" in crowded.arbiter.said[0]
+
+
+def test_loading_that_runs_out_goes_on_without_chat_and_without_its_first_try(place, monkeypatch):
+    from colab_gpu import pipelines
+    here, whole, kept = place(15), pipelines._arrange, []
+    here.answer()
+
+    def arrange(pipe, device, compiled):
+        kept.append([weakref.ref(part) for part in (pipe.unet, pipe.vae, pipe.text_encoder)])
+        assert not any(ref() for ref in kept[-2]) if len(kept) > 1 else True, "what was loaded so far is still there"
+        if here.card.chat_bytes(): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        whole(pipe, device, compiled)
+    monkeypatch.setattr(pipelines, "_arrange", arrange)
+    here.picture()
+    assert len(kept) == 2 and here.unloads() == ["small:latest"]
+    here.artist.unload()
+    monkeypatch.setattr(here.card, "chat_bytes", lambda: 1)
+    with pytest.raises(OutOfMemory, match="twin does not fit into the memory of this machine: take a smaller model"): here.picture()
+    assert len(kept) == 3 and here.artist.models() == [] and here.arbiter.owner is None
+
+
+def test_coming_back_to_the_device_goes_on_without_chat(crowded, monkeypatch):
+    crowded.model.away, whole = True, crowded.model.pipe.to
+
+    def to(device):
+        if crowded.card.chat_bytes(): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return whole(device)
+    monkeypatch.setattr(crowded.model.pipe, "to", to)
+    assert (crowded.picture() == crowded.plain).all() and crowded.unloads() == ["small:latest"] and crowded.card.loads == ["twin"]
+
+
+def test_a_chat_model_that_does_not_fit_after_all_is_tried_without_the_pictures(place):
+    here, ctx = place(15), LocalContext()
+    first = here.picture()
+    assert here.chat.run({"prompt": "hello [oom=1]"}, ctx)["response"] == "hello"
+    assert ctx.logs == ["Memory ran out: images left it."] and here.artist.models() == [] and here.card.images_bytes() == 0
+    with pytest.raises(OutOfMemory, match="take a smaller model"): here.chat.run({"prompt": "[oom]"}, ctx)
+    assert (here.picture() == first).all() and not here.arbiter.said
+
+
+def test_a_model_whose_parts_wait_elsewhere_is_not_asked_to_leave(crowded):
+    crowded.model.device = "cuda"
+    crowded.scarce(lambda model, n: model.offloaded)
+    crowded.picture()
+    crowded.picture(model="demo")
+    crowded.artist.leave(1 << 60)
+    assert crowded.artist.models() == ["twin"] and crowded.model.offloaded, "nothing of it was there, and the next time would run out again"
