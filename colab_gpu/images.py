@@ -267,6 +267,8 @@ def carry_out(executor: ImageExecutor, orders: Sequence[Order]) -> None:
             with turn(executor, source, check), executor.lock: _with_model(executor, source, some)
         except ColabGPUError as e:
             for order in some: order.failed = order.failed or e
+        for order in some:  # a failure lives until it was reported, and the frames of its traceback hold the pipeline
+            if order.failed is not None: order.failed.__traceback__ = None
 
 def turn(executor: ImageExecutor, source: ModelSource, check: Callable[[], None] = lambda: None) -> contextlib.AbstractContextManager[None]:
     "A turn on the accelerator, with room for the model at `source`. Raises `OutOfMemory`, and what `check` raises."

@@ -20,7 +20,7 @@ from processes import eventually, seen
 
 from colab_gpu.chat import ChatExecutor, Ollama
 from colab_gpu.config import Settings
-from colab_gpu.errors import OutOfMemory
+from colab_gpu.errors import Interrupted, OutOfMemory
 from colab_gpu.images import ImageExecutor
 from colab_gpu.jobs import LocalContext
 from colab_gpu.models import find_model
@@ -105,6 +105,23 @@ def test_where_both_fit_nobody_is_sent_away(place):
     assert here.answer(model="large") and here.artist.models() == [] and here.unloads() == [], "only who must go goes"
 
 
+def canceled_at(step):
+    ctx = LocalContext()
+    ctx.on_progress = lambda done, total: setattr(ctx, "stop", Interrupted("The job was canceled.") if done == step else None)
+    return ctx
+
+
+def test_what_a_picture_left_behind_does_not_keep_its_model_from_leaving(place):
+    "As long as a worker is reporting how a job ended, the exception is there; its frames must not hold the pipeline."
+    here, ends = place(15, timeout_s=2), []
+    first = here.picture()
+    for ctx, more in ((canceled_at(2), {}), (LocalContext(), {"clip_skip": 11})):  # more layers than the model has
+        ends += here.artist.run_batch([({"prompt": "x", "seed": 7, **SMALL, **more}, ctx)])
+        assert here.answer(model="large") and here.card.images_bytes() == 0 and not here.arbiter.said
+        assert (here.picture() == first).all()
+    assert [type(end).__name__ for end in ends] == ["Interrupted", "Transient"] and here.card.lowest >= 0
+
+
 # ---- what was true when they queued is not true when their turn comes -----------------------------------------------
 
 def test_a_model_that_was_sent_away_while_its_job_waited_gets_room_again(place):
@@ -137,8 +154,8 @@ def test_chat_that_was_sent_away_while_its_job_waited_gets_room_again(place):
 
 class Line:
     "Two that draw picture after picture, so that one of them is always waiting; each picture takes ten seconds of the arbiter's clock."
-    def __init__(self, here):
-        self.here, self.order, self.over = here, [], threading.Event()
+    def __init__(self, here, now):
+        self.here, self.now, self.order, self.over = here, now, [], threading.Event()
         self.threads = [threading.Thread(target=self.draw, args=(n,), daemon=True) for n in range(2)]
 
     def draw(self, n):
@@ -149,14 +166,14 @@ class Line:
 
     def first_step(self):
         eventually(lambda: self.over.is_set() or any(family == "images" for family, _ in self.here.arbiter.waiting), "the other's place in the line")
-        self.here.now += 10
+        self.now[0] += 10
         self.order.append("images")
 
 
 def test_the_warm_family_is_preferred_only_for_a_bounded_time(place):
-    here = place(15, prefer_s=45, clock=lambda: here.now)
-    here.now = 0.0
-    first, line = here.picture(0), Line(here)
+    now = [0.0]
+    here = place(15, prefer_s=45, clock=lambda: now[0])
+    first, line = here.picture(0), Line(here, now)
     for thread in line.threads: thread.start()
     eventually(lambda: line.order, "the first picture")
     asked = len(line.order)
