@@ -45,7 +45,7 @@ class State:
         self.sizes = {full(n): int(size) for n, _, size in (row.partition("=") for row in os.environ.get("STAND_IN_SIZES", "").split(",") if row)}
         self.asked = {}
         self.loaded, self.stuck, self.lock, self.go = {}, set(), threading.Lock(), threading.Event()
-        self.seen = {"requests": [], "tokens": 0, "stopped": 0, "stopped_at": 0.0, "pulls": [], "pulling": 0, "most_pulling": 0, "unloads": [], "bodies": []}
+        self.seen = {"requests": [], "tokens": 0, "stopped": 0, "stopped_at": 0.0, "busy": 0, "pulls": [], "pulling": 0, "most_pulling": 0, "unloads": [], "bodies": []}
 
     def lacking(self, text, times):
         """Whether this prompt came at most so many times."""
@@ -101,11 +101,13 @@ class Handler(BaseHTTPRequestHandler):
             del STATE.seen["bodies"][:-20]
         act = {"/api/generate": self.generate, "/api/chat": self.generate, "/api/embed": self.embed, "/api/pull": self.pull}.get(self.path)
         if act is None: return self.answer(404, b"404 page not found", "text/plain")
+        STATE.count("busy")
         try: act(body)
         except (Gone, BrokenPipeError, ConnectionResetError):
             STATE.seen["stopped_at"] = time.monotonic()
             STATE.count("stopped")
             self.close_connection = True
+        finally: STATE.count("busy", -1)
 
     # --- how answers are framed
 

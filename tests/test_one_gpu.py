@@ -1,6 +1,7 @@
 """One GPU for both: real Diffusers and a daemon in a process of its own take turns on a card in miniature, on which both do not fit."""
 
 import io
+import random
 import shutil
 import threading
 import weakref
@@ -15,16 +16,20 @@ pytest.importorskip("ollama")
 import numpy as np
 import torch
 from card import Card, Scarce, Watched
+from conftest import TOKEN
 from PIL import Image
 from processes import eventually, seen
 
 from colab_gpu.chat import ChatExecutor, Ollama
+from colab_gpu.client import Client
 from colab_gpu.config import Settings
 from colab_gpu.errors import Interrupted, OutOfMemory
-from colab_gpu.images import ImageExecutor
+from colab_gpu.images import ImageExecutor, Pace
 from colab_gpu.jobs import LocalContext
 from colab_gpu.models import find_model
+from colab_gpu.pictures import replay_payload
 from colab_gpu.pipelines import weight_bytes
+from colab_gpu.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"width": 256, "height": 256, "num_inference_steps": 5, "guidance_scale": 3.0}
@@ -155,7 +160,7 @@ def test_chat_that_was_sent_away_while_its_job_waited_gets_room_again(place):
 class Line:
     "Two that draw picture after picture, so that one of them is always waiting; each picture takes ten seconds of the arbiter's clock."
     def __init__(self, here, now):
-        self.here, self.now, self.order, self.over = here, now, [], threading.Event()
+        self.here, self.now, self.drawn, self.while_chat_waited, self.over = here, now, 0, 0, threading.Event()
         self.threads = [threading.Thread(target=self.draw, args=(n,), daemon=True) for n in range(2)]
 
     def draw(self, n):
@@ -165,9 +170,12 @@ class Line:
             self.here.picture(n, ctx)
 
     def first_step(self):
-        eventually(lambda: self.over.is_set() or any(family == "images" for family, _ in self.here.arbiter.waiting), "the other's place in the line")
+        eventually(lambda: self.over.is_set() or "images" in self.families(), "the other's place in the line")
+        self.drawn, self.while_chat_waited = self.drawn + 1, self.while_chat_waited + ("chat" in self.families())
         self.now[0] += 10
-        self.order.append("images")
+        if self.while_chat_waited > 20: self.over.set()  # it would never end
+
+    def families(self): return [family for family, _ in list(self.here.arbiter.waiting)]
 
 
 def test_the_warm_family_is_preferred_only_for_a_bounded_time(place):
@@ -175,16 +183,12 @@ def test_the_warm_family_is_preferred_only_for_a_bounded_time(place):
     here = place(15, prefer_s=45, clock=lambda: now[0])
     first, line = here.picture(0), Line(here, now)
     for thread in line.threads: thread.start()
-    eventually(lambda: line.order, "the first picture")
-    asked = len(line.order)
-    ctx = LocalContext()
-    ctx.token = lambda text, kind="": line.order.append("chat")
-    here.chat.run({"prompt": "hello", "model": "large"}, ctx)
+    eventually(lambda: line.drawn, "the first picture")
+    assert here.answer("hello", model="large") == "hello"
     line.over.set()
     for thread in line.threads: thread.join(60)
-    before = line.order.index("chat") - asked
-    assert 4 <= before <= 7, f"{before} pictures of ten seconds were drawn while chat waited; the warm family may go first for 45"
-    assert here.unloads() == ["large:latest"] and (here.picture(0) == first).all(), "and back"
+    assert line.while_chat_waited == 5, "pictures of ten seconds each, for the warm family may go first for 45"
+    assert here.unloads()[:1] == ["large:latest"] and (here.picture(0) == first).all(), "and back"
     assert here.card.lowest >= 0 and not here.arbiter.waiting and here.arbiter.owner is None
 
 
@@ -309,3 +313,118 @@ def test_a_model_whose_parts_wait_elsewhere_is_not_asked_to_leave(crowded):
     crowded.picture(model="demo")
     crowded.artist.leave(1 << 60)
     assert crowded.artist.models() == ["twin"] and crowded.model.offloaded, "nothing of it was there, and the next time would run out again"
+
+
+# ---- fifty jobs, canceled at random -----------------------------------------------------------------------------------
+
+class Ordered:
+    "A job of the fifty: what is asked, when it is to be canceled (`never`, `before` a worker has it, while it is `running`, near its `end`)."
+    def __init__(self, n, rand):
+        self.n, self.tool, self.cancel, self.states = n, ("imagenGenerate", "ollamaChat")[n % 2], "never", []
+        self.watching = False
+        if n % 10 < 4: self.cancel = ("before", "running", "end")[n // 10 % 3] if n % 10 < 2 else rand.choice(("before", "running", "end", "never"))
+        self.payload = self.picture(rand) if n % 2 == 0 else self.talk(rand)
+
+    def picture(self, rand):
+        "Two models; two sizes of job, so that some can share a call and some cannot."
+        steps = {"running": 40}.get(self.cancel, rand.choice((5, 5, 6)))
+        return {"prompt": f"picture {self.n}: a {rand.choice(('red', 'green', 'blue'))} circle", "seed": 1000 + self.n, "width": 256, "height": 256,
+                "num_inference_steps": steps, "guidance_scale": 1.0, **rand.choice(({}, {}, {"model": "demo"}))}
+
+    def talk(self, rand):
+        "Two models; one that is to be canceled while it runs never ends by itself."
+        self.words = " ".join(rand.choice(("ay", "bee", "cee", "dee")) for _ in range(rand.randrange(2, 9)))
+        steer = {"running": "[hold]", "end": "[rate=40]"}.get(self.cancel, "")
+        return {"prompt": f"answer {self.n} {self.words} {steer}".strip(), "model": rand.choice(("small", "small", "large"))}
+
+    def follow(self, url, job):
+        "Watch, and cancel at the right moment."
+        client = Client(url, "")
+        for event in client.events(job.id):
+            self.watching = True
+            if event.kind == "done" or (event.kind == "state" and event.id): self.states.append(event.data["status"] if event.kind == "state" else "done")
+            if self.cancel not in ("running", "end"): continue
+            step, total = (event.data.get(name) or 0 for name in ("step", "total")) if event.kind == "progress" else (0, 0)
+            begun = "[hold]" in self.payload["prompt"] and event.kind == "state" and event.data["status"] == "leased"
+            late = event.kind == "token" or (step and event.data["phase"] == "running" and step >= total - 1)
+            if begun or late or (self.cancel == "running" and step >= 2): client.cancel(job.id)
+
+
+@pytest.fixture
+def shift(place, serve):
+    "The place with a queue server in a process of its own, and two workers that serve both tools on one arbiter; `start()` starts them."
+    here, server = place(15, prefer_s=1), serve()
+    own = {"STACK_API_BASE": server.url, "STACK_WORKER_TOKEN": TOKEN, "WORKER_WAIT_SECONDS": 2, "POLL_INTERVAL": 0.05, "WORKER_MAX_BATCH": 4}
+    here.server, here.client = server, Client(server.url, "")
+    here.workers = [Worker([here.artist, here.chat], Settings({**own, "WORKER_ID": name}, environ={}), log=None) for name in ("left", "right")]
+    for name in (here.artist.model_id, find_model("demo").location): here.artist.paces[name] = Pace(4)
+    yield here
+    ended = [worker.stop() for worker in here.workers]
+    assert all(ended)
+
+
+def test_fifty_mixed_jobs_with_cancels_at_random(shift, twin):
+    rand, client = random.Random(4), shift.client
+    orders = [Ordered(n, rand) for n in range(50)]
+    rand.shuffle(orders)
+    shift.artist.preload()
+    shift.scheduler = type(next(iter(shift.artist.shelf.loaded.values())).pipe.scheduler)
+    jobs = [client.submit(order.tool, order.payload) for order in orders]
+    watchers = [threading.Thread(target=order.follow, args=(shift.server.url, job), daemon=True) for order, job in zip(orders, jobs, strict=True)]
+    for thread in watchers: thread.start()
+    for order, job in zip(orders, jobs, strict=True):
+        if order.cancel == "before": eventually(lambda order=order: order.watching, "its watcher") and client.cancel(job.id)
+    for worker in shift.workers: worker.start()
+    for job in jobs: job.wait(120)
+    for thread in watchers: thread.join(60)
+    assert_each_ended_once(shift, orders, jobs)
+    assert_pictures_are_their_own(shift, orders, jobs, twin)
+    assert_clean(shift)
+    last = [client.submit("imagenGenerate", {**orders[0].payload, "prompt": "after", "seed": 1}), client.submit("ollamaChat", {"prompt": "after"})]
+    assert [job.wait(60).status for job in last] == ["completed"] * 2, "and both are served as before"
+
+
+def assert_each_ended_once(here, orders, jobs):
+    path = here.server.data / "logs" / "gpu_job_history.md"
+    eventually(lambda: all(job.id in path.read_text() for job in jobs), "the history's last row")
+    assert [path.read_text().count(f"| {job.id} |") for job in jobs] == [1] * len(jobs)
+    for order, job in zip(orders, jobs, strict=True):
+        assert order.states[-2:] == [job.status, "done"] and not {"completed", "failed", "canceled", "done"} & set(order.states[:-2]), (order.n, order.states)
+        assert job.status in {"never": ["completed"], "before": ["canceled"]}.get(order.cancel, ["completed", "canceled"]), (order.n, order.cancel, job)
+        assert job.data["attempts"] == (0 if order.cancel == "before" else 1), (order.n, job.data)
+        if order.tool == "ollamaChat" and order.cancel == "running": assert job.status == "canceled"
+        if order.tool == "ollamaChat" and job.status == "completed": assert job.result["response"] == f"answer {order.n} {order.words}"
+    assert {job.status for job in here.client.jobs(limit=200)} == {"completed", "canceled"}
+    running = [job.status for order, job in zip(orders, jobs, strict=True) if order.cancel == "running" and order.tool == "imagenGenerate"]
+    assert "canceled" in running, "of forty steps each, one at least was stopped on the way"
+
+
+def assert_pictures_are_their_own(here, orders, jobs, twin):
+    "What each picture's own file tells is what its job asked, and it is as when drawn alone; what a canceled job left is its own too."
+    alone, sizes, seen_ids = ImageExecutor(str(twin), device="cpu", settings=Settings(environ={})), set(), {job.id for job in jobs}
+    for order, job in zip(orders, jobs, strict=True):
+        for artifact in job.artifacts:
+            facts = replay_payload(client_bytes := here.client.artifact(job.id, artifact["name"]))
+            assert (facts["seed"], facts["prompt"]) == (order.payload["seed"], order.payload["prompt"]) and order.cancel != "before"
+        assert bool(job.artifacts) >= (order.tool == "imagenGenerate" and job.status == "completed")
+        if order.tool != "imagenGenerate" or job.status != "completed": continue
+        sizes.add(job.result["batch_size"])
+        single = np.asarray(alone.draw(order.payload).image, int)
+        assert np.abs(np.asarray(Image.open(io.BytesIO(client_bytes)), int) - single).max() <= 1, (order.n, job.result)
+    assert max(sizes) > 1 and {path.parent.parent.name for path in (here.server.data / "artifacts").rglob("*.png")} <= seen_ids
+
+
+def assert_clean(here):
+    "Nothing is under way, nothing was left on the pipelines, and when both leave, the card is empty."
+    eventually(lambda: seen(here.card.url)["busy"] == 0 and not any(worker.runs for worker in here.workers), "the end of all runs")
+    assert here.arbiter.owner is None and not here.arbiter.waiting and here.card.lowest >= 0 and not here.arbiter.said
+    assert {"images", "chat"} == set(here.arbiter.turns) and here.unloads() and len(here.card.loads) > 1, "they did switch"
+    for model in here.artist.shelf.loaded.values():
+        parts = [part for part in model.pipe.components.values() if hasattr(part, "parameters")]
+        assert type(model.pipe.scheduler) is here.scheduler and not any(hasattr(part, "_hf_hook") for part in parts)
+        assert (model.rung, model.fits, model.away, model.offloaded) == (0, None, False, False) and "text_model" not in vars(model.pipe.text_encoder)
+    assert here.card.images_bytes() == here.artist.held_bytes() and here.card.chat_bytes() == here.chat.held_bytes()
+    model = parts = None  # the tests's own
+    here.artist.leave(1 << 60)
+    here.chat.leave(1 << 60)
+    assert here.card.free_bytes() == here.card.total and not len(here.card.parts)
