@@ -121,6 +121,24 @@ def work(processes):
 
 
 @pytest.fixture
+def server(tmp_path):
+    """A server in this process, on a free port."""
+    from colab_gpu.server import QueueServer
+
+    with QueueServer({"GPU_WORKER_TOKEN": TOKEN, "COLAB_GPU_DATA": str(tmp_path / "data")}) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server):
+    """A client of `server`."""
+    from colab_gpu.client import Client
+
+    with Client(server.url, "") as client:
+        yield client
+
+
+@pytest.fixture
 def stand_in(processes):
     """Starts a stand-in for the Ollama daemon; its address."""
 

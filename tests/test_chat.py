@@ -325,6 +325,10 @@ def test_the_holder_leaves(stand_in):
     assert chat.models() == [] and chat.held_bytes() == 0 and seen(url)["unloads"] == ["a:latest", "b:latest", "c:latest"]
     chat.run({"prompt": "[stuck]", "model": "a"}, Ctx())
     assert unload(chat.ollama, "a:latest", timeout_s=0.1) is False
+    chat.run({"prompt": "x", "model": "b"}, Ctx())
+    chat.ollama.unload_s = 0.1
+    chat.leave(1)
+    assert chat.models() == ["a:latest"], "what has not left has freed nothing: the next one is asked"
 
 
 class Turns:
