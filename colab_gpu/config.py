@@ -11,7 +11,8 @@ from typing import Any
 from .errors import InvalidSetting
 
 # %% auto #0
-__all__ = ['SETTINGS', 'number', 'flag', 'words', 'choice', 'base_url', 'Setting', 'colab_secrets', 'Settings', 'apply_overrides']
+__all__ = ['SETTINGS', 'number', 'flag', 'words', 'limits', 'choice', 'base_url', 'Setting', 'colab_secrets', 'Settings',
+           'apply_overrides']
 
 # %% ../nbs/01_config.ipynb #61612a66
 def number(low: float, high: float, *, whole: bool = False) -> Callable[[str], Any]:
@@ -34,6 +35,13 @@ def flag(text: str) -> bool:
 def words(text: str) -> tuple[str, ...]:
     "A caster for comma lists; blanks between commas are dropped."
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+def limits(text: str) -> dict[str, float]:
+    "A caster for numbers by name, such as `running=900,loading=600`; each above 0."
+    try: found = {name.strip(): float(value) for name, value in (part.split("=") for part in words(text))}
+    except ValueError: found = {"": 0.0}
+    if not all(name and 0 < value < math.inf for name, value in found.items()): raise ValueError("must be a list such as running=900,loading=600")
+    return found
 
 def choice(*allowed: str) -> Callable[[str], str]:
     "A caster for one of the `allowed` words."
@@ -107,6 +115,12 @@ _ROWS += [
     Setting("WORKER_TOOLS", "", words, "Tools to serve; blank for all that this machine can", "worker"),
     Setting("WORKER_MAX_BATCH", "16", number(1, 16, whole=True), "Most jobs to run in one batch; a GPU may take fewer", "worker"),
     Setting("WORKER_TAGS", "", words, "Tags this worker has, for jobs with requirements", "worker"),
+    Setting("WORKER_AHEAD_SECONDS", "5", number(0, 600), "Lease the next job when this one should end within that time, seconds; 0 never", "worker"),
+    Setting("WORKER_STALL_SECONDS", "", limits, "Longest time without a sign of progress, by phase (running=900,loading=900), seconds", "worker"),
+    Setting("WORKER_GUARD", "1", flag, "Let a second process renew leases while this one is too busy to", "worker"),
+    Setting("WORKER_SESSION_SECONDS", "0", number(0, 10_000_000),
+            "How long this machine is ours, from the worker's start, seconds; 0: no end known", "worker"),
+    Setting("COLAB_GPU_OUTBOX", "", str, "Folder of results to send; blank: a mounted Google Drive, else the data folder; `none`: memory", "worker"),
 ]
 
 # %% ../nbs/01_config.ipynb #6cd0c1f5

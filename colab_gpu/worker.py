@@ -4,316 +4,33 @@
 
 # %% ../nbs/16_worker.ipynb #763dd1e4
 from __future__ import annotations
-import base64, hashlib, json, math, random, signal, threading, time, traceback
+import hashlib, json, math, random, signal, threading, time, traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 from uuid import uuid4
 from .client import Transport, backoff_s, job_path, passes
 from .config import SETTINGS, Settings
-from .errors import (AccessDenied, ColabGPUError, ConnectionFailed, ExecutionError, Interrupted, InvalidSetting, JobEnded,
-                              JobNotInProgress, LeaseLost, MissingToken, NotFound, OutOfMemory, RequestError, ResultConflict, Transient,
-                              Unprocessable)
+from .errors import (AccessDenied, ColabGPUError, ConnectionFailed, Interrupted, InvalidSetting, MissingToken, NotFound, RequestError,
+                              Transient, Unprocessable)
+from .guard import Guard
+from .hearts import GONE, LIMITS, QUICK_S, Heart, Pulse, flush, limit_s
 from .jobs import Executor
+from .outbox import Outbox, outbox_folder
+from .runs import Grant, Run, data_url, failure, proper, scrub
 
 # %% auto #0
-__all__ = ['QUICK_S', 'BURST', 'T', 'Outbox', 'proper', 'Grant', 'Run', 'data_url', 'Heart', 'Pulse', 'flush', 'Ear', 'hear',
-           'standing', 'failure', 'scrub', 'Turn', 'Worker', 'choose', 'ask', 'takes', 'identity', 'introduction',
-           'accelerator', 'loaded', 'trouble', 'unheard', 'perform', 'attempt', 'outcome', 'plain', 'insist', 'upload',
-           'deliver', 'inline_picture', 'report', 'ended', 'lost', 'hand_back', 'hand_back_all', 'serve', 'parts',
-           'carry_out', 'conclude', 'side_by_side', 'repeat', 'stop', 'start_worker', 'stop_worker',
-           'run_until_interrupted']
-
-# %% ../nbs/16_worker.ipynb #5fde8625
-class Outbox:
-    "The events of one run that wait to be sent; `ring` is called when there is `news`. Written by the run, emptied by its heart."
-    def __init__(self, first_seq: int = 0, most_logs: int = 200, ring: Callable[[], Any] = lambda: None) -> None:
-        self._waiting: list[dict[str, Any]] = []
-        self._flying: list[dict[str, Any]] = []
-        self._seq, self._most_logs, self._lock = first_seq, most_logs, threading.Lock()
-        self.ring, self.news = ring, False
-
-    def put(self, kind: str, **data: Any) -> None:
-        "Say something: `progress`, `preview`, `token` or `log`."
-        if "text" in data: data["text"] = proper(data["text"])
-        with self._lock:
-            waiting, event = self._waiting, {"type": kind, **data}
-            if kind in ("progress", "preview"): waiting[:] = [e for e in waiting if e["type"] != kind]
-            elif kind == "log":
-                logs = [e for e in waiting if e["type"] == "log"]
-                if len(logs) >= self._most_logs: waiting.remove(logs[0])
-            elif kind == "token" and waiting and waiting[-1]["type"] == "token" and set(data) == {"text"} == set(waiting[-1]) - {"type"}:
-                waiting[-1]["text"] += data["text"]
-                event = {}
-            if event: waiting.append(event)
-        self.stir()
-
-    def stir(self) -> None:
-        "Note that there is something to send, and ring if that is new."
-        first, self.news = not self.news, True
-        if first: self.ring()
-
-    def take(self, watched: bool = True, most: int = 500) -> list[dict[str, Any]]:
-        "The next batch to send; unless somebody watches, previews and tokens stay for now. The same again until `landed`."
-        with self._lock:
-            if not self._flying:
-                chosen = [e for e in self._waiting if watched or e["type"] in ("progress", "log")][:most]
-                self._waiting = [e for e in self._waiting if not any(e is c for c in chosen)]
-                for event in chosen: self._seq += 1; event["seq"] = self._seq
-                self._flying = chosen
-            return list(self._flying)
-
-    def landed(self) -> None:
-        "The batch has arrived."
-        with self._lock: self._flying = []
-    def __len__(self) -> int:
-        with self._lock: return len(self._waiting) + len(self._flying)
-
-# %% ../nbs/16_worker.ipynb #257d1a0c
-def proper(text: Any) -> str:
-    "Text that can be sent: half characters (lone surrogates), which models make at times, become question marks."
-    return str(text).encode("utf-8", "replace").decode()
-
-# %% ../nbs/16_worker.ipynb #01bc4650
-@dataclass(frozen=True)
-class Grant:
-    """A job and the lease on it.
-
-    `token` is the lease's fencing token, `None` from a server that knows no leases (the reference's). Seconds. `watchers`: how many follow
-    the job already.
-    """
-    job: dict[str, Any]
-    token: str | None = None
-    lease_s: float = 900
-    heartbeat_s: float = 300
-    watchers: int = 0
-
-    @classmethod
-    def read(cls, answer: Any) -> Grant:
-        "The grant in an answer of `GET /gpu-jobs/next`. Raises `ConnectionFailed` for anything else."
-        job = answer.get("job") if isinstance(answer, dict) else None
-        if not isinstance(job, dict) or not isinstance(job.get("id"), str) or not isinstance(job.get("tool"), str):
-            raise ConnectionFailed("The server's answer is not a job: check that STACK_API_BASE is a queue server's address.")
-        lease = answer.get("lease")
-        if not isinstance(lease, dict) or not lease.get("token"): return cls(job)
-        lease_s = float(lease.get("seconds") or 60)
-        return cls(job, str(lease["token"]), lease_s, float(lease.get("heartbeatSeconds") or lease_s / 3), int(lease.get("watchers") or 0))
-
-    @classmethod
-    def read_all(cls, answer: Any) -> list[Grant]:
-        "The grants in an answer to a worker that asked for several: those in its `jobs`, else the only one."
-        jobs = answer.get("jobs") if isinstance(answer, dict) else None
-        return [cls.read(each) for each in jobs] if isinstance(jobs, list) and jobs else [cls.read(answer)]
-
-    @property
-    def id(self) -> str: return str(self.job["id"])
-    @property
-    def tool(self) -> str: return str(self.job["tool"])
-    @property
-    def path(self) -> str: return job_path(self.id)
-    def __repr__(self) -> str: return f"Grant({self.tool}, {f'lease of {self.lease_s:g} s' if self.token else 'no lease'})"
-
-# %% ../nbs/16_worker.ipynb #a0e5dfd2
-_WHY = ("stopping", "canceled", "lost")
-
-class Run:
-    """One job under way, as its executor sees it; a `jobs.RunContext`.
-
-    Attributes
-    ----------
-    step, total, phase, preview: the newest progress. watchers: how many follow the job at the server. look: whether somebody looks at
-    this worker's own panel. why: `None`, or why the run should stop: `stopping`, `canceled`, `lost`. shared: it shares a call
-    with others. heeded: in a shared call, the executor was told of its cancel. settled: that has been reported. over: nothing more is to be said.
-    """
-    def __init__(self, grant: Grant, look: Callable[[], bool] = lambda: False, first_seq: int = 0, ring: Callable[[], Any] = lambda: None) -> None:
-        self.grant, self.look, self.outbox = grant, look, Outbox(first_seq, ring=ring)
-        self.step, self.total, self.phase, self.watchers, self.over = 0, 0, "starting", grant.watchers, False
-        self.shared = self.heeded = self.settled = False
-        self.preview: bytes | None = None
-        self.artifacts: dict[str, tuple[bytes, str]] = {}
-        self.why: str | None = None
-        self.reason, self._lock = "", threading.Lock()
-
-    @property
-    def job_id(self) -> str: return self.grant.id
-    @property
-    def watched(self) -> bool: return self.watchers > 0 or self.look()
-    def __repr__(self) -> str: return f"Run({self.grant.tool} {self.phase} {self.step}/{self.total}{', ' + self.why if self.why else ''})"
-
-    def progress(self, step: int, total: int, *, preview: bytes | None = None, preview_type: str = "image/jpeg", phase: str = "running") -> None:
-        "Report `step` of `total`, and perhaps a small picture of it."
-        self.step, self.total, self.phase = int(step), int(total), phase
-        self.outbox.put("progress", step=self.step, total=self.total, phase=phase)
-        if preview:
-            self.preview = preview
-            self.outbox.put("preview", image_base64=data_url(preview, preview_type), step=self.step)
-    def token(self, text: str, kind: str = "") -> None:
-        "Report a piece of the text that is being written; `kind` is blank for the answer, else `thinking`."
-        self.outbox.put("token", text=text, **({"kind": kind} if kind else {}))
-    def log(self, text: str) -> None:
-        "Say something to whoever watches the job."
-        self.outbox.put("log", text=str(text)[:2000])
-    def artifact(self, name: str, data: bytes, content_type: str) -> None:
-        "Hand over a file of the result; it is uploaded when the run has ended."
-        self.artifacts[name] = (bytes(data), content_type)
-
-    def interrupt(self, why: str, reason: str) -> None:
-        "Ask the run to stop; the weightiest reason counts."
-        with self._lock:
-            if self.why is None or _WHY.index(why) > _WHY.index(self.why): self.why, self.reason = why, reason
-    def told(self, watchers: Any, canceled: Any) -> bool:
-        "Take what the server says of the job: how many follow it, whether it was canceled. Whether either was news."
-        before = bool(self.watchers), self.why
-        self.watchers = int(watchers or 0)
-        if canceled: self.interrupt("canceled", "The job was canceled.")
-        if self.watchers and not before[0]: self.outbox.stir()  # tokens and previews that were held back
-        return before != (bool(self.watchers), self.why)
-    def check(self) -> None:
-        "Raise `Interrupted` when the job was canceled, the lease was lost or the worker stops."
-        if self.why is None: return
-        if self.shared and self.why == "canceled" and not self.heeded:
-            self.heeded = True
-            self.outbox.ring()
-        raise Interrupted(self.reason)
-
-# %% ../nbs/16_worker.ipynb #12d8603c
-def data_url(data: bytes, content_type: str) -> str:
-    "Bytes as a base64 data URL (RFC 2397)."
-    return f"data:{content_type};base64,{base64.b64encode(data).decode()}"
-
-# %% ../nbs/16_worker.ipynb #0bab6a39
-QUICK_S, BURST = 0.5, 4
-_GONE = (LeaseLost, JobEnded, JobNotInProgress, NotFound, ResultConflict)
-
-class Heart:
-    """Keeps one lease alive while its run lasts.
-
-    Parameters
-    ----------
-    transport: the way to the server. run: whose events to carry. say: takes lines for the log.
-    on_drain: called when the server wants this worker to stop.
-    """
-    def __init__(self, transport: Transport, run: Run, say: Callable[[str], None] = print, on_drain: Callable[[], None] = lambda: None,
-                 clock: Callable[[], float] = time.monotonic) -> None:
-        self.transport, self.run, self.say, self.on_drain, self.clock = transport, run, say, on_drain, clock
-        self.began = self.last = self.paid = clock()
-        self.until, self.next, self.failures, self._tried = self.began + run.grant.lease_s, self.began + run.grant.heartbeat_s, 0, False
-        self._beating = threading.Lock()  # one heartbeat at a time: `flush` beats from the run's own thread
-
-    def due(self) -> float:
-        "When the next beat is due, on the clock."
-        if self.run.over or self.run.settled: return math.inf
-        if self.run.heeded and not self._tried: return -math.inf
-        return min(self.next, self.soon()) if self.run.outbox.news and not self.failures else self.next
-    def soon(self) -> float:
-        "When the next beat is due if there is news."
-        if self.run.watchers: return self.paid - (BURST - 1) * QUICK_S  # the generic cell rate algorithm (ITU-T I.371)
-        return self.last + max(QUICK_S, self.last - self.began)
-
-    def beat(self) -> float:
-        "Send one heartbeat; returns the seconds until the next at the latest."
-        run, outbox, grant = self.run, self.run.outbox, self.run.grant
-        with self._beating:
-            if run.heeded and not self._tried: self._settle()
-            if run.over or run.settled: return math.inf
-            outbox.news = False
-            body = {"leaseToken": grant.token, "events": outbox.take(watched=run.watchers > 0)}
-            read_s = max(5.0, min(15.0, grant.lease_s / 3))
-            try: answer = self.transport.call("POST", f"{grant.path}/heartbeat", body=body, connect_s=5, read_s=read_s)
-            except ColabGPUError as e: pause = math.inf if run.over else self._unanswered(e)
-            else:
-                outbox.landed()
-                self._answered(answer if isinstance(answer, dict) else {})
-                pause = grant.heartbeat_s
-            self.last = self.clock()
-            self.next, self.paid = self.last + pause, max(self.last, self.paid) + QUICK_S
-            return pause
-
-    def _settle(self) -> None:
-        "Report a canceled job at once: the call that it shared with others may go on for long."
-        body = {"leaseToken": self.run.grant.token, **failure(Interrupted(self.run.reason), self.run.grant.tool)}
-        self._tried = True
-        try: self.transport.call("POST", f"{self.run.grant.path}/complete", body=body, connect_s=5, read_s=10)
-        except ColabGPUError: return  # it is reported when the call ends
-        self.run.settled = True
-
-    def _answered(self, answer: Mapping[str, Any]) -> None:
-        if self.failures: self.say(f"[worker] The server answers again; job {self.run.job_id} goes on.")
-        self.failures, self.until = 0, self.clock() + float(answer.get("leaseSeconds") or self.run.grant.lease_s)
-        self.run.told(answer.get("watchers"), answer.get("cancelRequested"))
-        if answer.get("drain"): self.on_drain()
-
-    def _unanswered(self, e: ColabGPUError) -> float:
-        if isinstance(e, (*_GONE, MissingToken, AccessDenied)):
-            self.run.interrupt("lost", str(e))
-            return math.inf
-        if isinstance(e, RequestError):
-            self.run.outbox.landed()  # it doesn't take these events; the lease matters more
-            self.say(f"[worker] The server refused the events of job {self.run.job_id}: {e}")
-            return QUICK_S
-        self.failures += 1
-        if self.failures == 1: self.say(f"[worker] No answer to a heartbeat of job {self.run.job_id}; the run goes on. {e}")
-        if self.clock() > self.until:
-            self.say(f"[worker] The lease of job {self.run.job_id} has run out; the run goes on, its result may still be welcome.")
-            self.until = math.inf
-        return min(self.run.grant.heartbeat_s, backoff_s(self.failures, 1, 10))
-
-    def flush(self) -> None:
-        "Send what is left for those who watch, before the job ends."
-        for _ in range(20):
-            if not (self.run.watchers and len(self.run.outbox)) or self.failures > 1 or self.run.why == "lost": return
-            self.beat()
-
-# %% ../nbs/16_worker.ipynb #ca162737
-class Pulse:
-    "The thread that beats for the runs under way; it ends by itself when there have been none for `idle_s` seconds."
-    def __init__(self, clock: Callable[[], float] = time.monotonic, idle_s: float = 10) -> None:
-        self.clock, self.idle_s = clock, idle_s
-        self.hearts: tuple[Heart, ...] = ()
-        self.bell, self._lock = threading.Event(), threading.Lock()  # the lock: whether there is a thread
-        self._thread: threading.Thread | None = None
-
-    @contextmanager
-    def beating(self, hearts: Iterable[Heart]) -> Iterator[None]:
-        "Beat for these while the block lasts."
-        with self._lock:
-            self.hearts = tuple(hearts)
-            if self.hearts and self._thread is None:
-                self._thread = threading.Thread(target=self._repeat, name="colab-gpu-pulse", daemon=True)
-                self._thread.start()
-        self.bell.set()
-        try: yield
-        finally: self.hearts = ()
-
-    def _repeat(self) -> None:
-        busy = self.clock()
-        while True:
-            self.bell.clear()
-            hearts = self.hearts
-            for heart in hearts: self._beat(heart)
-            with self._lock:
-                if self.hearts: busy = self.clock()
-                elif self.clock() - busy >= self.idle_s:
-                    self._thread = None
-                    return
-            due = min((heart.due() for heart in hearts), default=busy + self.idle_s)
-            self.bell.wait(max(0.0, min(due - self.clock(), self.idle_s)))
-
-    def _beat(self, heart: Heart) -> None:
-        try:
-            if heart.due() <= self.clock(): heart.beat()
-        except Exception:  # a bug, or an answer that is none: it must not cost the others their leases
-            heart.say(traceback.format_exc().rstrip())
-            heart.next = self.clock() + min(heart.run.grant.heartbeat_s, 10)
-
-# %% ../nbs/16_worker.ipynb #dc2829eb
-def flush(pulse: Pulse, run: Run) -> None:
-    "Send what a run has left to say."
-    for heart in pulse.hearts:
-        if heart.run is run: heart.flush()
+__all__ = ['REST_S', 'LONGEST_REST_S', 'ENDING_S', 'LAST_S', 'T', 'Ear', 'hear', 'standing', 'Behind', 'Streak', 'watch_session',
+           'Turn', 'Worker', 'choose', 'ask', 'takes', 'identity', 'introduction', 'accelerator', 'loaded', 'trouble',
+           'pause_after', 'unheard', 'perform', 'begin', 'attempt', 'outcome', 'plain', 'insist', 'upload', 'deliver',
+           'inline_picture', 'report', 'ended', 'waits', 'lost', 'hand_back', 'hand_back_all', 'take_on', 'put_down',
+           'serve', 'abandon', 'parts', 'call', 'kin', 'carry_out', 'report_all', 'conclude', 'side_by_side',
+           'remaining_s', 'Ahead', 'resend', 'advance', 'rest', 'repeat', 'put_back', 'wind_up', 'close', 'stop',
+           'start_worker', 'stop_worker', 'run_until_interrupted']
 
 # %% ../nbs/16_worker.ipynb #c0dc63c6
 class Ear:
@@ -377,24 +94,73 @@ def standing(worker: Worker) -> dict[str, str]:
              **{name: ",".join(words) for name, words in known.items()}}
     return {name: value for name, value in query.items() if value}
 
-# %% ../nbs/16_worker.ipynb #90efd9b1
-def failure(error: BaseException, tool: str) -> dict[str, Any]:
-    "How the run's `error` is reported: the body of a completion with status `error`."
-    if isinstance(error, ExecutionError):
-        body: dict[str, Any] = {"detail": str(error), "kind": error.kind}
-        if "retryable" in vars(error): body["retryable"] = error.retryable
-    elif isinstance(error, RequestError | InvalidSetting): body = {"detail": str(error), "kind": "invalid_input"}
-    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        body = {"detail": f"{tool} ran out of memory on this worker.", "kind": OutOfMemory.kind}
-    else:
-        lines = str(error).strip().splitlines()
-        body = {"detail": f"{tool} failed on the worker: {type(error).__name__}{': ' + lines[0][:500] if lines else ''}", "kind": Transient.kind}
-    return {"status": "error", **body}
+# %% ../nbs/16_worker.ipynb #1d72f4ed
+class Behind:
+    "Reports what calls came to in threads of its own, while the next call runs; for `most` calls at a time."
+    def __init__(self, worker: Worker, most: int = 2) -> None:
+        self.worker, self._room = worker, threading.Semaphore(most)
+        self._threads, self._lock = set[threading.Thread](), threading.Lock()
 
-def scrub(text: str, secrets: Iterable[str]) -> str:
-    "The text without the secrets."
-    for secret in secrets: text = text.replace(secret, "•••")
-    return text
+    def put(self, runs: Sequence[Run], bodies: Sequence[dict[str, Any]]) -> None:
+        "Report these; waits while there is no room."
+        for run in runs: run.enter("uploading")
+        self._room.acquire()
+        def send() -> None:
+            try: report_all(self.worker, runs, bodies)
+            finally:
+                put_down(self.worker, runs)
+                self._room.release()
+        self.start(send)
+
+    def start(self, fn: Callable[[], Any]) -> None:
+        "Call `fn` in a thread that `wait` waits for."
+        def run() -> None:
+            try: fn()
+            except Exception: self.worker.log(traceback.format_exc().rstrip())  # a bug
+            finally:
+                with self._lock: self._threads.discard(threading.current_thread())
+        thread = threading.Thread(target=run, name="colab-gpu-behind", daemon=True)
+        with self._lock: self._threads.add(thread)
+        thread.start()
+
+    def wait(self) -> None:
+        "Until everything is reported, or was given up."
+        while True:
+            with self._lock: threads = list(self._threads)
+            if not threads: return
+            for thread in threads: thread.join(0.2)
+
+# %% ../nbs/16_worker.ipynb #6bc21c3b
+REST_S, LONGEST_REST_S = 60.0, 900.0
+
+class Streak:
+    "The different jobs that failed one after the other, and the rests that this has cost."
+    def __init__(self, most: int = 3) -> None: self.most, self.failed, self.rests, self._rested_at = most, dict[str, str](), 0, 0
+
+    def note(self, job_id: str, body: Mapping[str, Any]) -> None:
+        "Take in how a job ended."
+        if body["status"] == "completed": self.failed, self.rests, self._rested_at = {}, 0, 0
+        elif body.get("kind") not in ("invalid_input", "interrupted", None): self.failed[job_id] = body["detail"]
+    @property
+    def on_trial(self) -> bool: return self.rests > 0
+    def rest_s(self) -> float:
+        "How long to rest now, seconds: twice as long each time, 0 for no rest. Counts as taken."
+        failed = len(self.failed)
+        if failed < self.most or failed == self._rested_at: return 0
+        self._rested_at, self.rests = failed, self.rests + 1
+        return min(LONGEST_REST_S, REST_S * 2 ** (self.rests - 1))
+
+# %% ../nbs/16_worker.ipynb #07310042
+ENDING_S, LAST_S = 60.0, 20.0
+
+def watch_session(worker: Worker) -> None:
+    "Stop in good order before this machine is taken away, if it is known when."
+    left_s = math.inf if worker.session_end is None else worker.session_end - worker.clock()
+    if left_s < ENDING_S and not worker.draining.is_set():
+        worker.log("[worker] This machine's session is about to end: no more jobs.")
+        worker.drain()
+    if left_s < LAST_S:
+        for run in worker.runs: run.interrupt("stopping", "This machine's session is about to end.")
 
 # %% ../nbs/16_worker.ipynb #d520929f
 @dataclass(frozen=True)
@@ -402,7 +168,8 @@ class Turn:
     """What one turn came to.
 
     did: `idle` (no work), `completed`, `failed`, `released` (handed back), `lost` (somebody else has the job), `offline` (no answer),
-    `refused` (the server doesn't want this worker), `stopped`. pause_s: how long to wait before the next. jobs: of a batch, what each job came
+    `refused` (the server doesn't want this worker), `kept` (the result waits in the outbox for the next worker),
+    `served` (in the loop: run, its report is on the way), `stopped`. pause_s: how long to wait before the next. jobs: of a batch, what each job came
     to; then the rest is that of the first that did not complete, or of the first.
     """
     did: str
@@ -428,7 +195,8 @@ class Worker:
     (`jobs.BatchExecutor`); `models` (names, or a function that returns them), if an executor has it, tells the server what is loaded.
     settings: the settings table's values; `None` reads the environment.
     log: takes lines for people; `None` keeps them only in the snapshot. standby_s: take only what has waited that long with no regular
-    worker for it, seconds. session_end: when this machine goes away, on `clock`. info: what to tell of this machine, `accelerator` and
+    worker for it, seconds. session_end: when this machine goes away, on `clock`; `None` goes by WORKER_SESSION_SECONDS.
+    info: what to tell of this machine, `accelerator` and
     `memory`, or a function that returns it. sleep: replaces the pauses between attempts. clock, now: seconds, monotonic and since the epoch.
 
     Raises `InvalidSetting` for a setting that cannot be, or a WORKER_TOOLS without its executor.
@@ -440,18 +208,25 @@ class Worker:
         self.settings = settings = Settings() if settings is None else settings
         self.id, self.wait_s, self.poll_s = settings["WORKER_ID"], settings["WORKER_WAIT_SECONDS"], settings["POLL_INTERVAL"]
         self.executors, self.tags = choose(executors, settings["WORKER_TOOLS"]), settings["WORKER_TAGS"]
-        self.max_batch = settings["WORKER_MAX_BATCH"]
+        self.max_batch, self.ahead_s = settings["WORKER_MAX_BATCH"], settings["WORKER_AHEAD_SECONDS"]
+        self.limits = {**LIMITS, **(settings["WORKER_STALL_SECONDS"] or {})}
         self.asking, self.telling = (Transport(settings["STACK_API_BASE"], settings["STACK_WORKER_TOKEN"]) for _ in "at")
-        self.standby_s, self.session_end, self.info = standby_s, session_end, info
         self.clock, self.now, self._sleep, self._print = clock, now, sleep, log
+        self.standby_s, self.info = standby_s, info
+        self.session_end = clock() + lasts if session_end is None and (lasts := settings["WORKER_SESSION_SECONDS"]) else session_end
         self.secrets = sorted({s for name, row in SETTINGS.items() if row.secret and len(s := settings[name]) > 3}, key=len, reverse=True)
         self.instance, self.failures, self.last_error, self.state = str(uuid4()), 0, "", "stopped"
         self.question: str | None = None
-        self.counts, self.lines = dict.fromkeys(("completed", "failed", "released", "lost"), 0), deque[str](maxlen=200)
-        self._counting = threading.Lock()  # the reports of a batch are made side by side
+        self.counts, self.lines = dict.fromkeys(("completed", "failed", "released", "lost", "kept"), 0), deque[str](maxlen=200)
+        self._lock = threading.Lock()  # the counts and the runs: reports are made side by side
         self.runs: tuple[Run, ...] = ()
-        self.run_began, self.looked_at = 0.0, -math.inf
-        self.pulse, self.ear = Pulse(clock), Ear(self)
+        self.call: tuple[Run, ...] = ()
+        self.next: tuple[Run, ...] = ()
+        self.pace, self.streak = dict[Any, float](), Streak()
+        self.called_at, self.looked_at = 0.0, -math.inf
+        self.pulse, self.ear, self.behind = Pulse(clock, tick=lambda: watch_session(self)), Ear(self), Behind(self)
+        self.guard = Guard(self.asking.base, settings["STACK_WORKER_TOKEN"]) if settings["WORKER_GUARD"] else None
+        self.outbox = Outbox(outbox_folder(settings["COLAB_GPU_OUTBOX"], settings["COLAB_GPU_DATA"]), self.asking.base, self.log)
         self.draining, self.giving_up, self.ended = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -469,14 +244,21 @@ class Worker:
             try: self._print(line)
             except (OSError, ValueError): pass  # the cell's or the terminal's output is closed
     def count(self, what: str) -> None:
-        with self._counting: self.counts[what] += 1
+        with self._lock: self.counts[what] += 1
+    def hold(self, runs: Iterable[Run]) -> None:
+        "These jobs are ours now."
+        with self._lock: self.runs += tuple(runs)
+    def let_go(self, runs: Iterable[Run]) -> None:
+        "These jobs are dealt with."
+        gone = set(map(id, runs))
+        with self._lock: self.runs = tuple(run for run in self.runs if id(run) not in gone)
     def pause(self, seconds: float, until: threading.Event) -> None:
         "Wait, or until the event is set."
         if self._sleep is not None: self._sleep(seconds)
         else: until.wait(seconds)
 
     def turn(self, most: int | None = None) -> Turn:
-        "Ask for work once, `most` jobs if given, do it, report it. Expected errors become part of the `Turn`; none is raised."
+        "Ask for work once, `most` jobs if given, do it, report it, one after the other. Expected errors become part of the `Turn`; none is raised."
         if self.draining.is_set(): return Turn("stopped")
         granted = ask(self, most)
         return granted if isinstance(granted, Turn) else serve(self, granted)
@@ -506,11 +288,12 @@ class Worker:
 
     def snapshot(self) -> dict[str, Any]:
         "How it stands, for a panel or a person: plain values, no secrets. Asking counts as looking: for some seconds previews are made."
-        self.looked_at, runs, elapsed_s = self.clock(), self.runs, self.clock() - self.run_began
+        self.looked_at, runs, now = self.clock(), self.runs, self.clock()
         jobs = [{"id": run.job_id, "tool": run.grant.tool, "phase": run.phase, "step": run.step, "total": run.total, "preview": run.preview,
-                 "canceled": run.why == "canceled", "over": run.over, "elapsedSeconds": elapsed_s} for run in runs]
+                 "canceled": run.why == "canceled", "over": run.over, "elapsedSeconds": now - run.began} for run in runs]
         return {"worker": self.id, "server": self.asking.base, "tools": self.tools, "state": self.state, "draining": self.draining.is_set(),
                 "jobs": jobs, "counts": dict(self.counts), "lastError": self.last_error,
+                "requestsPerMonth": 20_000 if "ngrok" in (urlsplit(self.asking.base).hostname or "") else None,  # of its free plan
                 "requests": sum(way.requests_made for way in (self.asking, self.telling, self.ear.transport)), "lines": list(self.lines)}
 
 # %% ../nbs/16_worker.ipynb #972d6d1e
@@ -524,17 +307,17 @@ def choose(executors: Iterable[Executor], wanted: Iterable[str]) -> dict[str, Ex
     return {tool: have[tool] for tool in wanted or have}
 
 # %% ../nbs/16_worker.ipynb #3792aa5d
-def ask(worker: Worker, most: int | None = None) -> list[Grant] | Turn:
-    "Ask for work once, for `most` jobs if given: the grants, or a turn without any."
+def ask(worker: Worker, most: int | None = None, wait_s: float | None = None) -> list[Grant] | Turn:
+    "Ask for work once, for `most` jobs if given: the grants, or a turn without any. `wait_s`: `None` for as long as this worker waits."
     worker.question = worker.question or str(uuid4())
-    began = worker.clock()
+    began, wait_s = worker.clock(), worker.wait_s if wait_s is None else wait_s
     try:
-        answer = worker.asking.call("GET", "/gpu-jobs/next", params=introduction(worker, None, most), read_s=worker.wait_s + 15,
+        answer = worker.asking.call("GET", "/gpu-jobs/next", params=introduction(worker, wait_s, most), read_s=wait_s + 15,
                                     headers=identity(worker))
         grants = [] if answer is None else Grant.read_all(answer)
     except ColabGPUError as e: return trouble(worker, e)
     if worker.state == "offline": worker.log("[worker] The server answers again.")
-    worker.question, worker.failures, worker.last_error, worker.state = None, 0, "", "waiting"
+    worker.question, worker.failures, worker.last_error, worker.state = None, 0, "", "running" if worker.call else "waiting"
     if grants: return grants
     early = worker.clock() - began < worker.wait_s / 2 or not worker.wait_s
     return Turn("idle", pause_s=worker.poll_s if early else 0)
@@ -589,7 +372,11 @@ def trouble(worker: Worker, e: ColabGPUError) -> Turn:
     worker.last_error, worker.failures = say, worker.failures + 1
     if refused: return Turn("refused", detail=say)
     worker.state = "offline"
-    return Turn("offline", detail=say, pause_s=min(30, e.retry_after or backoff_s(worker.failures, 1, 30)))
+    return Turn("offline", detail=say, pause_s=pause_after(e, worker.failures))
+
+def pause_after(e: ColabGPUError, failures: int) -> float:
+    "How long to wait after that many failures in a row: as long as the server says, else from 1 s doubling to 30 s, with jitter."
+    return min(600.0, e.retry_after) if e.retry_after else backoff_s(failures, 1, 30)
 
 def unheard(worker: Worker) -> None:
     "After hanging up: if the answer we didn't hear was a grant, hand that back."
@@ -606,11 +393,18 @@ def perform(worker: Worker, runs: Sequence[Run]) -> list[dict[str, Any]]:
     if executor is None:
         detail = f"This worker has no tool {tool}; it has {', '.join(worker.executors)}."
         return [{"status": "error", "kind": "invalid_input", "detail": detail} for _ in runs]
-    for run in ready: run.shared = len(ready) > 1
+    for run in ready:
+        run.shared = len(ready) > 1
+        begin(worker, run)
     results = dict(zip([run.job_id for run in ready], attempt(executor, ready), strict=True))
     for error in {id(r): r for r in results.values() if isinstance(r, BaseException) and not isinstance(r, ColabGPUError)}.values():
         worker.log("".join(traceback.format_exception(error)).rstrip())
     return [outcome(worker, tool, results.get(run.job_id, Interrupted(run.reason))) for run in runs]
+
+def begin(worker: Worker, run: Run) -> None:
+    "A run's turn has come: from now on it has to get on."
+    run.enter("starting")
+    if worker.guard is not None: worker.guard.awake(run.grant, limit_s(run.phase, worker.limits))
 
 def attempt(executor: Any, runs: Sequence[Run]) -> list[Any]:
     "Call an executor; for each run its result, or the exception it came to."
@@ -625,6 +419,7 @@ def attempt(executor: Any, runs: Sequence[Run]) -> list[Any]:
                           "or an exception for each.", retryable=False)] * len(jobs)
     return [{"batch_size": len(jobs), "batch_index": i, **r} if isinstance(r, dict) else r for i, r in enumerate(results)]
 
+# %% ../nbs/16_worker.ipynb #70704fd9
 def outcome(worker: Worker, tool: str, result: Any) -> dict[str, Any]:
     "The body of the completion for what a run came to."
     try:
@@ -651,7 +446,8 @@ def insist(worker: Worker, run: Run, fn: Callable[[], T]) -> T:
             if isinstance(e, RequestError) or worker.giving_up.is_set(): raise
             if tries >= 5 and not passes(e) and not isinstance(e, ConnectionFailed): raise  # a 500, again and again: it is about this very request
             if tries == 1: worker.log(f"[worker] The result of job {run.job_id} waits: {e}")
-            worker.pause(min(30, e.retry_after or backoff_s(tries, 1, 30)), worker.giving_up)
+            run.enter("uploading")
+            worker.pause(pause_after(e, tries), worker.giving_up)
     raise AssertionError("unreachable")
 
 def upload(worker: Worker, run: Run) -> list[str]:
@@ -692,13 +488,18 @@ def report(worker: Worker, run: Run, body: dict[str, Any]) -> Turn:
     interrupted = body.get("kind") == "interrupted" and run.why is not None
     if run.why == "lost" and (interrupted or body["status"] == "error"): return lost(worker, run, run.reason)
     if run.why == "stopping" and interrupted: return hand_back(worker, run.grant)
+    kept = worker.outbox.keep(run, body) if body["status"] == "completed" else None
     try:
         try: deliver(worker, run, body)
-        except (*_GONE, MissingToken, AccessDenied, ConnectionFailed): raise
+        except (*GONE, MissingToken, AccessDenied, ConnectionFailed): raise
         except ColabGPUError as e:
             body = {"status": "error", "kind": "transient", "retryable": False, "detail": f"The server refused the result: {e}"}
             deliver(worker, run, body)
-    except ColabGPUError as e: return lost(worker, run, str(e))
+    except ColabGPUError as e:
+        if kept is not None and not isinstance(e, GONE): return waits(worker, run, kept)
+        worker.outbox.drop(kept)
+        return lost(worker, run, str(e))
+    worker.outbox.drop(kept)
     return ended(worker, run, body)
 
 def ended(worker: Worker, run: Run, body: Mapping[str, Any]) -> Turn:
@@ -711,6 +512,12 @@ def ended(worker: Worker, run: Run, body: Mapping[str, Any]) -> Turn:
     worker.last_error = body["detail"]
     worker.log(f"[worker] Job failed {run.job_id}: {body['detail']}")
     return Turn("failed", run.job_id, body["detail"])
+
+def waits(worker: Worker, run: Run, folder: Path) -> Turn:
+    "The result could not be sent, and stays on disk."
+    worker.count("kept")
+    worker.log(f"[worker] The result of job {run.job_id} stays in {folder}; the next worker sends it.")
+    return Turn("kept", run.job_id, str(folder))
 
 def lost(worker: Worker, run: Run, why: str) -> Turn:
     "The job is somebody else's, or the server won't hear of it."
@@ -740,23 +547,49 @@ def hand_back_all(worker: Worker, grants: Iterable[Grant]) -> None:
         if hand_back(worker, grant).detail: break
 
 # %% ../nbs/16_worker.ipynb #8eb48dc5
+def take_on(worker: Worker, grants: Sequence[Grant]) -> tuple[Run, ...]:
+    "Hold granted jobs: a run for each, whose lease is renewed from now on."
+    at, look = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(worker.now())), lambda: worker.clock() - worker.looked_at < 5
+    runs = tuple(Run(grant, look, int(worker.now() * 1000), worker.pulse.bell.set) for grant in grants)
+    for run in runs:
+        run.enter("waiting")
+        run.began = worker.clock()
+        worker.log(f"[worker] Leased job {run.job_id} ({run.grant.tool}) at {at}")
+    hearts = [Heart(worker.telling, run, worker.log, worker.drain, worker.clock, worker.limits, worker.guard) for run in runs if run.grant.token]
+    worker.hold(runs)
+    if hearts:
+        worker.ear.open()
+        worker.pulse.add(hearts)
+    return runs
+
+def put_down(worker: Worker, runs: Sequence[Run]) -> None:
+    "These jobs are dealt with, one way or another."
+    worker.pulse.remove(runs)
+    worker.let_go(runs)
+    for run in runs:
+        run.over = True
+        if worker.guard is not None: worker.guard.drop(run.grant)
+
 def serve(worker: Worker, grants: Sequence[Grant]) -> Turn:
     "Run granted jobs and report how each ended."
-    at, look = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(worker.now())), lambda: worker.clock() - worker.looked_at < 5
-    runs = worker.runs = tuple(Run(grant, look, int(worker.now() * 1000), worker.pulse.bell.set) for grant in grants)
-    worker.run_began, worker.state, turns = worker.clock(), "running", list[Turn]()
-    for grant in grants: worker.log(f"[worker] Leased job {grant.id} ({grant.tool}) at {at}")
-    hearts = [Heart(worker.telling, run, worker.log, worker.drain, worker.clock) for run in runs if run.grant.token is not None]
-    if hearts: worker.ear.open()
+    runs, turns = take_on(worker, grants), list[Turn]()
     try:
-        with worker.pulse.beating(hearts):
-            for part in parts(worker, runs): turns += carry_out(worker, part, bool(turns))
+        for part in parts(worker, runs): turns += carry_out(worker, part, bool(turns))
         return Turn.of(turns)
-    except KeyboardInterrupt:
-        hand_back_all(worker, [run.grant for run in runs if not run.over])
+    except BaseException:
+        abandon(worker)
         raise
-    finally: worker.runs, worker.state = (), "waiting"
+    finally:
+        put_down(worker, runs)
+        worker.state = "waiting"
 
+def abandon(worker: Worker) -> None:
+    "Hand back every job that has not been run to its end."
+    left, worker.next = [run for run in worker.runs if not run.finished and not run.over], ()
+    hand_back_all(worker, [run.grant for run in left])
+    put_down(worker, left)
+
+# %% ../nbs/16_worker.ipynb #703d63f0
 def parts(worker: Worker, runs: Iterable[Run]) -> Iterator[list[Run]]:
     "The runs as they are to be called: of one tool as many together as its executor takes well."
     for tool, same in groupby(runs, key=lambda run: run.grant.tool):
@@ -764,12 +597,34 @@ def parts(worker: Worker, runs: Iterable[Run]) -> Iterator[list[Run]]:
         for i in range(0, len(rest), most): yield rest[i:i + most]
 
 # %% ../nbs/16_worker.ipynb #89c4251f
-def carry_out(worker: Worker, runs: Sequence[Run], later: bool = False) -> list[Turn]:
-    "Perform runs that share a call, and report each; `later`: not the first call for these grants."
+def call(worker: Worker, runs: Sequence[Run], later: bool = False) -> list[dict[str, Any]]:
+    "Perform runs that share a call; `later`: not the first call for these grants. Learns how long such a call takes."
     if later and worker.draining.is_set():
         for run in runs: run.interrupt("stopping", "The worker stops.")
-    return side_by_side(lambda each: conclude(worker, *each), list(zip(runs, perform(worker, runs), strict=True)))
+    worker.call, worker.called_at, worker.state = tuple(runs), worker.clock(), "running"
+    try: bodies = perform(worker, runs)
+    finally: worker.call = ()
+    for run, body in zip(runs, bodies, strict=True):
+        run.finished = True
+        if run.why is None: worker.streak.note(run.job_id, body)
+    if all(run.why is None for run in runs): worker.pace[kin(runs[0])] = worker.clock() - worker.called_at
+    return bodies
 
+def kin(run: Run) -> tuple[Any, ...]:
+    "What runs have in common that take about as long."
+    payload = run.grant.job.get("payload")
+    return run.grant.tool, str(payload.get("model") or "") if isinstance(payload, dict) else ""
+
+def carry_out(worker: Worker, runs: Sequence[Run], later: bool = False) -> list[Turn]:
+    "Perform runs that share a call, and report each."
+    return report_all(worker, runs, call(worker, runs, later))
+
+def report_all(worker: Worker, runs: Sequence[Run], bodies: Sequence[dict[str, Any]]) -> list[Turn]:
+    "Report how each of the runs ended, side by side."
+    for run in runs: run.enter("uploading")
+    return side_by_side(lambda each: conclude(worker, *each), list(zip(runs, bodies, strict=True)))
+
+# %% ../nbs/16_worker.ipynb #fdc82b16
 def conclude(worker: Worker, run: Run, body: dict[str, Any]) -> Turn:
     "Report a run's end; never raises an `Exception`."
     try:
@@ -794,31 +649,151 @@ def side_by_side(fn: Callable[[Any], T], items: Sequence[Any], patience_s: float
     for thread in threads: thread.join()
     return [results[i] for i in range(len(items))]
 
+# %% ../nbs/16_worker.ipynb #ca6f1835
+def remaining_s(worker: Worker) -> float:
+    "How much longer the call under way should take, seconds; infinite if there is nothing to go by."
+    if not worker.call: return math.inf
+    run, elapsed_s = worker.call[0], worker.clock() - worker.called_at
+    usual_s = worker.pace.get(kin(run), math.inf)
+    by_steps_s = elapsed_s * (run.total - run.step) / run.step if run.phase == "running" and 0 < run.step <= run.total else math.inf
+    return max(0.0, min(usual_s - elapsed_s, by_steps_s))
+
+# %% ../nbs/16_worker.ipynb #a14d624f
+class Ahead:
+    "The question for the next job while a call runs. `end` it when the call is over: it returns the runs it has taken on."
+    def __init__(self, worker: Worker, patience_s: float = 30) -> None:
+        self.worker, self.patience_s = worker, patience_s
+        self.runs: tuple[Run, ...] = ()
+        self._over, self._done = threading.Event(), threading.Event()
+        threading.Thread(target=self._run, name="colab-gpu-ahead", daemon=True).start()
+
+    def _run(self) -> None:
+        try: self.runs = self._look()
+        except Exception: self.worker.log(traceback.format_exc().rstrip())  # a bug: the loop asks by itself
+        finally: self._done.set()
+
+    def _look(self) -> tuple[Run, ...]:
+        worker, asked = self.worker, 0
+        while not self._over.is_set() and not worker.draining.is_set():
+            left_s = remaining_s(worker)
+            if left_s <= worker.ahead_s:
+                answer = ask(worker, wait_s=0)
+                if isinstance(answer, list): return self._keep(take_on(worker, answer))
+                if answer.did != "idle": break  # the loop will meet the trouble by itself
+                asked += 1
+                self._over.wait(max(left_s / 2, 0.05 * 2 ** asked))  # rarely, should the call take longer than it should
+            else: self._over.wait(min(1.0, left_s - worker.ahead_s))
+        return ()
+
+    def _keep(self, runs: tuple[Run, ...]) -> tuple[Run, ...]:
+        if self._over.wait(self.patience_s): return runs
+        hand_back_all(self.worker, [run.grant for run in runs])
+        put_down(self.worker, runs)
+        return ()
+
+    def end(self) -> tuple[Run, ...]:
+        "The call is over; the runs that are next, if any."
+        self._over.set()
+        self._done.wait()
+        return self.runs
+
+# %% ../nbs/16_worker.ipynb #caeea1c7
+def resend(worker: Worker) -> None:
+    "Send what workers that are gone have left in the outbox; ends when the server can't be reached and this worker gives up."
+    for folder, run, body in worker.outbox.left():
+        try: deliver(worker, run, body)
+        except ColabGPUError as e:
+            if not isinstance(e, RequestError) or isinstance(e, MissingToken | AccessDenied): return
+            worker.log(f"[worker] The result of job {run.job_id}, left by an earlier worker, is not wanted any more: {e}")
+        else:
+            worker.count("completed")
+            worker.log(f"[worker] Sent the result of job {run.job_id}, left by an earlier worker.")
+        worker.outbox.drop(folder)
+
+# %% ../nbs/16_worker.ipynb #c4fccc7e
+def advance(worker: Worker) -> Turn:
+    "One turn of the loop: as `Worker.turn`, with the next job leased and the results sent beside it."
+    runs, worker.next = worker.next, ()
+    on_trial = worker.streak.on_trial
+    if not runs:
+        granted = ask(worker, 1 if on_trial else None)
+        if isinstance(granted, Turn): return granted
+        runs = take_on(worker, granted)
+    try:
+        for part in (calls := list(parts(worker, runs))):
+            early = part is calls[-1] and worker.ahead_s and not on_trial and part[0].grant.token
+            ahead = Ahead(worker) if early and not worker.draining.is_set() else None
+            try: bodies = call(worker, part, later=True)
+            finally: worker.next = ahead.end() if ahead else ()
+            worker.behind.put(part, bodies)
+    except BaseException:
+        abandon(worker)
+        raise
+    worker.state = "waiting"
+    if on_trial: worker.behind.wait()
+    return Turn("served", runs[0].job_id)
+
+def rest(worker: Worker) -> None:
+    "After three failures in a row: wait before the next attempt."
+    if not (rest_s := worker.streak.rest_s()): return
+    why = list(worker.streak.failed.values())[-1]
+    worker.log(f"[worker] {len(worker.streak.failed)} different jobs failed in a row, the last with: {why} "
+               f"Resting for {rest_s:g} s, then trying one.")
+    worker.state = "resting"
+    put_back(worker)
+    worker.pause(rest_s, worker.draining)
+
 # %% ../nbs/16_worker.ipynb #51edd332
 def repeat(worker: Worker, once: bool = False) -> Turn:
     "Turn after turn, until the worker is to stop, the server doesn't want it or, with `once`, a job was run; the last turn."
     worker.log(f"Worker loop started for {worker.id} at {worker.asking.base} ({', '.join(worker.executors)})")
     turn, bugs = Turn("stopped"), 0
-    while not worker.draining.is_set():
-        try: turn, bugs = worker.turn(1) if once else worker.turn(), 0
-        except Exception as e:
-            bugs += 1
-            worker.log(traceback.format_exc().rstrip())
-            turn = Turn("offline", detail=scrub(f"{type(e).__name__}: {e}", worker.secrets), pause_s=backoff_s(bugs, 1, 30))
-            worker.last_error = turn.detail
-        if turn.did == "refused" or (once and turn.did not in ("idle", "offline")): break
-        if turn.pause_s: worker.pause(turn.pause_s * (0.9 + random.random() / 5), worker.draining)
-    worker.state = "stopped"
-    worker.ear.close()
+    worker.behind.start(lambda: resend(worker))
+    try:
+        while not worker.draining.is_set():
+            try: turn, bugs = worker.turn(1) if once else advance(worker), 0
+            except Exception as e:
+                bugs += 1
+                worker.log(traceback.format_exc().rstrip())
+                turn = Turn("offline", detail=scrub(f"{type(e).__name__}: {e}", worker.secrets), pause_s=backoff_s(bugs, 1, 30))
+                worker.last_error = turn.detail
+            if turn.did == "refused" or (once and turn.did not in ("idle", "offline")): break
+            rest(worker)
+            watch_session(worker)
+            if turn.pause_s: worker.pause(turn.pause_s * (0.9 + random.random() / 5), worker.draining)
+        wind_up(worker)
+    except KeyboardInterrupt:
+        abandon(worker)
+        raise
+    finally: close(worker)
     worker.log("Worker loop stopped.")
     worker.ended.set()
     return turn
+
+def put_back(worker: Worker) -> None:
+    "Hand back what was leased ahead."
+    runs, worker.next = worker.next, ()
+    hand_back_all(worker, [run.grant for run in runs])
+    put_down(worker, runs)
+
+def wind_up(worker: Worker) -> None:
+    "Hand back what was leased ahead, and let the reports arrive."
+    put_back(worker)
+    worker.behind.wait()
+
+def close(worker: Worker) -> None:
+    "Leave nothing running beside the loop that has ended."
+    worker.state = "stopped"
+    worker.ear.close()
+    if worker.guard is not None: worker.guard.close()
+    worker.outbox.close()
+
 
 # %% ../nbs/16_worker.ipynb #ff9cde8f
 def stop(worker: Worker, grace_s: float = 0, timeout_s: float = 30) -> bool:
     """Stop the loop and hand back its jobs, unless they end within `grace_s` seconds; whether the thread has ended.
 
-    After `timeout_s` more seconds the jobs are handed back without their runs, and results that wait for the server are given up.
+    After `timeout_s` more seconds the jobs are handed back without their runs, and results that wait for the server stay on disk.
     """
     worker.draining.set()
     if not worker.alive or worker._thread is threading.current_thread(): return not worker.alive
@@ -827,7 +802,7 @@ def stop(worker: Worker, grace_s: float = 0, timeout_s: float = 30) -> bool:
     if _ended_within(worker, timeout_s): return True
     worker.giving_up.set()
     if _ended_within(worker, 1): return True
-    left = [run for run in worker.runs if not run.over]
+    left = [run for run in worker.runs if not run.over and not run.finished]
     for run in left: run.interrupt("lost", "The worker has stopped.")
     hand_back_all(worker, [run.grant for run in left])
     return not worker.alive

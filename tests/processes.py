@@ -6,6 +6,7 @@ import re
 import socket
 import struct
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -16,6 +17,7 @@ import conftest
 from conftest import TOKEN
 
 HERE = Path(__file__).parent
+KEPT = tempfile.TemporaryDirectory()  # where workers keep results until they are sent, unless a test says otherwise
 
 
 def eventually(fact, what="it", timeout_s=60):
@@ -68,7 +70,7 @@ def start_reference(token=TOKEN, **settings):
 def start_worker_process(url, worker_id="attic", tools="gate", **settings):
     "A worker in a process; see `worker_process.py`."
     process = Process(HERE / "worker_process.py", STACK_API_BASE=url, STACK_WORKER_TOKEN=TOKEN, WORKER_ID=worker_id, TEST_TOOLS=tools,
-                      PYTHONPATH=HERE.parent, **settings)
+                      **{"PYTHONPATH": HERE.parent, "COLAB_GPU_DATA": KEPT.name, **settings})
     process.line("Worker loop started")
     return process
 

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -17,7 +18,11 @@ from colab_gpu.client import Client, Transport
 from colab_gpu.config import Settings
 from colab_gpu.errors import Transient
 from colab_gpu.server import QueueServer
-from colab_gpu.worker import BURST, Worker, start_worker, stop_worker
+from colab_gpu.hearts import BURST
+from colab_gpu.worker import Worker, start_worker, stop_worker
+
+
+DATA = tempfile.TemporaryDirectory()  # where workers keep results until they are sent
 
 
 class Quick:
@@ -47,7 +52,7 @@ class Hold:
 
 
 def settings(url, token=TOKEN, **given):
-    return Settings({"STACK_API_BASE": url, "STACK_WORKER_TOKEN": token, "WORKER_ID": "attic", "POLL_INTERVAL": 0.05, **given}, environ={})
+    return Settings({"STACK_API_BASE": url, "STACK_WORKER_TOKEN": token, "WORKER_ID": "attic", "POLL_INTERVAL": 0.05, "COLAB_GPU_DATA": DATA.name, **given}, environ={})
 
 
 def worker_for(url, *executors, options=None, **given): return Worker(executors or [Quick()], settings(url, **given), log=None, **(options or {}))
@@ -409,7 +414,7 @@ def test_stopping_does_not_wait_for_a_server_that_stays_away(tmp_path):
         hold.running.wait(30)
     hold.go.set()
     eventually(lambda: any("waits" in line for line in worker.lines))
-    assert worker.stop(timeout_s=0.1) and any("was not taken" in line for line in worker.lines)
+    assert worker.stop(timeout_s=0.1) and any("stays in" in line for line in worker.lines)
 
 
 @pytest.mark.parametrize("quiet", ["", "1"], ids=["", "SIGINT ignored"])

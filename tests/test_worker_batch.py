@@ -11,7 +11,7 @@ from test_worker import Quick, serve, worker_for
 from colab_gpu.cli import build_parser
 from colab_gpu.client import Client, Transport
 from colab_gpu.errors import Interrupted, InvalidPayload, InvalidSetting, MissingToken, OutOfMemory
-from colab_gpu.worker import Grant
+from colab_gpu.runs import Grant
 from colab_gpu.worker import serve as serve_grants
 
 
@@ -86,7 +86,7 @@ def test_one_is_canceled_one_fails_one_is_lost_one_completes(tmp_path):
         assert states(jobs) == {1: "completed", 2: "canceled", 13: "failed", 4: "leased"} and jobs[4].data["workerId"] == "other"
         assert jobs[13].detail == "Thirteen does not fit." and jobs[13].data["kind"] == "oom"
         assert jobs[1].result["batch_size"] == 4 and jobs[1].result["batch_index"] == 0 and jobs[1].png == png(colour=(1, 0, 0))
-        assert worker.counts == {"completed": 1, "failed": 2, "released": 0, "lost": 1} and worker.snapshot()["jobs"] == []
+        assert worker.counts == {"completed": 1, "failed": 2, "released": 0, "lost": 1, "kept": 0} and worker.snapshot()["jobs"] == []
         lines = [line.partition(" at ")[0] for line in worker.lines]
         assert lines[:4] == [f"[worker] Leased job {job.id} (imagenGenerate)" for job in jobs.values()]
         assert f"[worker] Completed job {jobs[1].id}" in lines and f"[worker] Job failed {jobs[13].id}: Thirteen does not fit." in lines
@@ -238,7 +238,7 @@ def test_draining_finishes_the_call_and_hands_back_what_has_not_begun(server, cl
     canvas.go.set()
     thread.join(60)
     assert canvas.calls == [[1, 2]] and states(jobs) == {1: "completed", 2: "completed", 3: "queued", 4: "queued"}
-    assert {jobs[n].data["attempts"] for n in (3, 4)} == {0} and worker.counts == {"completed": 2, "failed": 0, "released": 2, "lost": 0}
+    assert {jobs[n].data["attempts"] for n in (3, 4)} == {0} and worker.counts == {"completed": 2, "failed": 0, "released": 2, "lost": 0, "kept": 0}
 
 
 def test_an_interrupt_in_the_foreground_hands_the_batch_back(server, client):

@@ -1,7 +1,8 @@
 """A worker in a process of its own, with executors that tests steer through files.
 
 `gate` appends the worker's id to the file `mark` when a run begins, then takes steps until the file `gate` exists. `stubborn` does the same
-and never looks up. `paint` returns a picture, `canvas` takes four jobs in one call.
+and never looks up. `paint` returns a picture, `canvas` takes four jobs in one call,
+`grip` holds the interpreter's lock.
 """
 import os, signal, sys, time
 from pathlib import Path
@@ -40,6 +41,18 @@ class Paint:
         return {"model": "plain", "prompt": payload["prompt"], "seed": 7}
 
 
+class Grip:
+    "Holds the interpreter's lock for so many seconds, in one call after the other into C, the way a library does that never lets go."
+    tool = "grip"
+    def run(self, payload, ctx):
+        sys.setswitchinterval(1000)
+        try:
+            end = time.monotonic() + payload["seconds"]
+            while time.monotonic() < end: sum(range(1_000_000))
+        finally: sys.setswitchinterval(0.005)
+        return {"by": os.environ["WORKER_ID"]}
+
+
 class Canvas:
     "Four at a time: writes its name and how many there are to the file named by the prompt, waits for the file named by the negative prompt."
     tool = "imagenGenerate"
@@ -57,7 +70,7 @@ class Canvas:
 
 def main():
     if os.environ.get("TEST_IGNORE_SIGINT"): signal.signal(signal.SIGINT, signal.SIG_IGN)
-    executors = {"gate": Gate, "stubborn": Stubborn, "paint": Paint, "canvas": Canvas}
+    executors = {"gate": Gate, "stubborn": Stubborn, "paint": Paint, "canvas": Canvas, "grip": Grip}
     worker = Worker([executors[name]() for name in os.environ["TEST_TOOLS"].split(",")])
     try: run_until_interrupted(worker, timeout_s=float(os.environ.get("TEST_TIMEOUT", 30)))
     except KeyboardInterrupt: sys.exit(130)
