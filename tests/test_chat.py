@@ -18,10 +18,10 @@ from conftest import TOKEN
 from processes import eventually, seen
 
 from colab_gpu.chat import ChatExecutor, EmbedExecutor, Guard, Ollama, ollama_client, unload
-from colab_gpu.cli import _check_chat
 from colab_gpu.client import Client
 from colab_gpu.config import Settings
 from colab_gpu.daemon import USUAL_PLACES, Daemon, find_program
+from colab_gpu.doctor import look_at_chat
 from colab_gpu.errors import ExecutionError, Interrupted, InvalidInput, InvalidPayload, OutOfMemory, Transient
 from colab_gpu.jobs import LocalContext
 
@@ -559,14 +559,14 @@ def test_what_the_worker_and_the_doctor_say_without_ollama(serve, tmp_path):
     bare = {"OLLAMA_URL": f"http://127.0.0.1:{free_port()}", "START_OLLAMA": "0", "COLAB_GPU_DATA": str(tmp_path)}
     code, _, err = run_cli(server, "worker", "--once", "--tools", "ollamaChat", **bare)
     assert code in (1, 2) and ("ollamaChat" in err or "Ollama" in err)
-    what, state, detail = _check_chat(Settings(bare, environ={}))
-    assert (what, state) == ("chat", "note") and "run `ollama serve`, or set START_OLLAMA=1" in detail
+    found = look_at_chat(Settings(bare, environ={}))
+    assert (found.what, found.state) == ("chat", "note") and "run `ollama serve`, or set START_OLLAMA=1" in found.detail
 
 
 def test_the_doctor_finds_ollama(stand_in, shim):
     url = stand_in()
-    assert _check_chat(settings(url)) == ("chat", "ok", f"Ollama 0.12.6 at {url}")
-    assert _check_chat(settings(f"http://127.0.0.1:{free_port()}", START_OLLAMA="1"))[1] == "ok"
+    assert look_at_chat(settings(url))[:2] == ("chat", "ok") and f"Ollama 0.12.6 at {url}" in look_at_chat(settings(url)).detail
+    assert look_at_chat(settings(f"http://127.0.0.1:{free_port()}", START_OLLAMA="1")).state == "ok"
 
 
 # --- a real Ollama, where there is one

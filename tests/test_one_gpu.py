@@ -312,7 +312,7 @@ def test_a_model_whose_parts_wait_elsewhere_is_not_asked_to_leave(crowded):
     crowded.picture()
     crowded.picture(model="demo")
     crowded.artist.leave(1 << 60)
-    assert crowded.artist.models() == ["twin"] and crowded.model.offloaded, "nothing of it was there, and the next time would run out again"
+    assert crowded.artist.models() == ["twin"] and crowded.model.offloaded and not crowded.model.away, "nothing of it was there, and the next time would run out again"
 
 
 # ---- fifty jobs, canceled at random -----------------------------------------------------------------------------------
