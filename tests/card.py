@@ -14,7 +14,7 @@ class Card(SimulatedDevice):
     """A card of `total` bytes for a daemon at `url` and the pipelines of this process.
 
     In use are the weights of every pipeline that still lives, whoever may hold it, but for those of a model on the `shelf` that wait elsewhere, and
-    what the daemon says at `/api/ps`. `lowest` is the least
+    what the daemon's models take, which comes back a while after they are off its list. `lowest` is the least
     that was ever free when something had just been loaded: below 0, more was loaded than there was room for.
     """
     def __init__(self, total, url):
@@ -40,7 +40,7 @@ class Card(SimulatedDevice):
         return sum(tensor.numel() * tensor.element_size() for part in list(self.parts) if id(part) not in elsewhere
                    for tensor in (*part.parameters(), *part.buffers()))
 
-    def chat_bytes(self): return sum(row["size_vram"] for row in seen(self.url, "/api/ps")["models"])
+    def chat_bytes(self): return seen(self.url)["memory"]
     def free_bytes(self): return self.total - self.images_bytes() - self.chat_bytes()
     def look(self): self.lowest = min(self.lowest, self.free_bytes())
 

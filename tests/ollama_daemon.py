@@ -43,7 +43,7 @@ class State:
         def names(variable, default=""): return {full(n) for n in os.environ.get(variable, default).split(",") if n}
         self.models, self.library = names("STAND_IN_MODELS", "llama3:8b"), names("STAND_IN_LIBRARY")
         self.sizes = {full(n): int(size) for n, _, size in (row.partition("=") for row in os.environ.get("STAND_IN_SIZES", "").split(",") if row)}
-        self.asked = {}
+        self.asked, self.memory = {}, {}
         self.loaded, self.stuck, self.lock, self.go = {}, set(), threading.Lock(), threading.Event()
         self.seen = {"requests": [], "tokens": 0, "stopped": 0, "stopped_at": 0.0, "busy": 0, "pulls": [], "pulling": 0, "most_pulling": 0, "unloads": [], "bodies": []}
 
@@ -88,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/stand-in/go":
             STATE.go.set()
             return self.json({})
-        if path == "/stand-in": return self.json({**STATE.seen, "loaded": list(STATE.loaded), "pid": os.getpid()})
+        if path == "/stand-in": return self.json({**STATE.seen, "loaded": list(STATE.loaded), "memory": sum(size for [size] in list(STATE.memory.values())), "pid": os.getpid()})
         return self.answer(404, b"404 page not found", "text/plain")
 
     def do_POST(self):
@@ -171,13 +171,22 @@ class Handler(BaseHTTPRequestHandler):
         return self.write(body, name, chat, steer, text, began, load_ns)
 
     def load(self, name, body):
-        with STATE.lock: STATE.loaded[name] = (datetime.now(UTC) + timedelta(minutes=5)).isoformat().replace("+00:00", "Z")
+        with STATE.lock:
+            STATE.loaded[name] = (datetime.now(UTC) + timedelta(minutes=5)).isoformat().replace("+00:00", "Z")
+            STATE.memory[name] = [STATE.sizes.get(name, SIZE)]
+
+    def end_runner(self, name):
+        """It is off the list first, and its memory comes back only then."""
+        with STATE.lock:
+            STATE.loaded.pop(name, None)
+            held = STATE.memory.get(name)
+        threading.Timer(0.2, lambda: STATE.memory.pop(name, None) if STATE.memory.get(name) is held else None).start()
 
     def load_or_unload(self, body, name, chat):
         unload = body.get("keep_alive") in (0, "0", "0s")
         if unload:
             STATE.seen["unloads"].append(name)
-            if name not in STATE.stuck: threading.Timer(0.05, STATE.loaded.pop, (name, None)).start()  # as there: it answers before the runner has ended
+            if name not in STATE.stuck: threading.Timer(0.05, self.end_runner, (name,)).start()  # as there: it answers before the runner has ended
         else: self.load(name, body)
         return self.json({"model": body["model"], "created_at": now(), **({"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}),
                           "done": True, "done_reason": "unload" if unload else "load"})
