@@ -15,6 +15,7 @@ from .client import Chat, Client, Event, RemoteJob
 from .config import SETTINGS, Settings
 from .gpu import Arbiter, Device, accelerator_info, find_device
 from .errors import ColabGPUError, ConnectionFailed, ExecutionError, InvalidPayload, InvalidSetting
+from .jobs import ImagenRequest
 
 # %% auto #0
 __all__ = ['NEEDS_IMAGES', 'NEEDS_CHAT', 'say', 'show', 'Progress', 'job_line', 'show_job', 'follow', 'read_payload',
@@ -298,6 +299,7 @@ def cmd_demo(args: argparse.Namespace) -> int:
     from colab_gpu.server import QueueServer
     from colab_gpu.worker import Worker
     target, started = _target(args.output), time.perf_counter()
+    ImagenRequest.parse(image_payload(args))  # what the server would refuse is refused before anything starts
     with tempfile.TemporaryDirectory(prefix="colab-gpu-demo-", ignore_cleanup_errors=True) as data:
         token = os.urandom(16).hex()
         own = {"GPU_WORKER_TOKEN": token, "STACK_WORKER_TOKEN": token, "GPU_CLIENT_TOKEN": os.urandom(16).hex(), "COLAB_GPU_DATA": data,

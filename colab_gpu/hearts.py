@@ -38,12 +38,13 @@ class Heart:
     ----------
     transport: the way to the server. run: whose events to carry. say: takes lines for the log.
     on_drain: called when the server wants this worker to stop. limits: seconds that a run may stand still, by phase. guard: beats in this
-    one's place when the process is too busy to.
+    one's place when the process is too busy to. quick_s: the least time between beats that somebody waits for, on average, seconds.
     """
     def __init__(self, transport: Transport, run: Run, say: Callable[[str], None] = print, on_drain: Callable[[], None] = lambda: None,
-                 clock: Callable[[], float] = time.monotonic, limits: Mapping[str, float] = LIMITS, guard: Guard | None = None) -> None:
+                 clock: Callable[[], float] = time.monotonic, limits: Mapping[str, float] = LIMITS, guard: Guard | None = None,
+                 quick_s: float = QUICK_S) -> None:
         self.transport, self.run, self.say, self.on_drain, self.clock = transport, run, say, on_drain, clock
-        self.limits, self.guard = limits, guard
+        self.limits, self.guard, self.quick_s = limits, guard, quick_s
         self.began = self.last = self.paid = self.stirred = clock()
         self._moved = run.moved
         self.until, self.next, self.failures, self._tried = self.began + run.grant.lease_s, self.began + run.grant.heartbeat_s, 0, False
@@ -56,8 +57,8 @@ class Heart:
         return min(self.next, self.soon()) if self.run.events.news and not self.failures else self.next
     def soon(self) -> float:
         "When the next beat is due if there is news."
-        if self.run.watchers: return self.paid - (BURST - 1) * QUICK_S  # the generic cell rate algorithm (ITU-T I.371)
-        return self.last + max(QUICK_S, self.last - self.began)
+        if self.run.watchers: return self.paid - (BURST - 1) * self.quick_s  # the generic cell rate algorithm (ITU-T I.371)
+        return self.last + max(self.quick_s, self.last - self.began)
 
     def beat(self) -> float:
         "Send one heartbeat; returns the seconds until the next at the latest."
@@ -75,7 +76,7 @@ class Heart:
                 self._answered(answer if isinstance(answer, dict) else {})
                 pause = grant.heartbeat_s
             self.last = self.clock()
-            self.next, self.paid = self.last + pause, max(self.last, self.paid) + QUICK_S
+            self.next, self.paid = self.last + pause, max(self.last, self.paid) + self.quick_s
             return pause
 
     def left_s(self) -> float:
@@ -117,7 +118,7 @@ class Heart:
         if isinstance(e, RequestError):
             self.run.events.landed()  # it doesn't take these events; the lease matters more
             self.say(f"[worker] The server refused the events of job {self.run.job_id}: {e}")
-            return QUICK_S
+            return self.quick_s
         self.failures += 1
         if self.failures == 1: self.say(f"[worker] No answer to a heartbeat of job {self.run.job_id}; the run goes on. {e}")
         if self.clock() > self.until:

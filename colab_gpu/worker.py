@@ -222,6 +222,8 @@ class Worker:
         self.runs: tuple[Run, ...] = ()
         self.call: tuple[Run, ...] = ()
         self.next: tuple[Run, ...] = ()
+        self.metered = "ngrok" in (urlsplit(self.asking.base).hostname or "")  # 20,000 requests a month are free there
+        self.quick_s = QUICK_S if self.metered else 0.2
         self.pace, self.streak = dict[Any, float](), Streak()
         self.called_at, self.looked_at = 0.0, -math.inf
         self.pulse, self.ear, self.behind = Pulse(clock, tick=lambda: watch_session(self)), Ear(self), Behind(self)
@@ -293,7 +295,7 @@ class Worker:
                  "canceled": run.why == "canceled", "over": run.over, "elapsedSeconds": now - run.began} for run in runs]
         return {"worker": self.id, "server": self.asking.base, "tools": self.tools, "state": self.state, "draining": self.draining.is_set(),
                 "jobs": jobs, "counts": dict(self.counts), "lastError": self.last_error,
-                "requestsPerMonth": 20_000 if "ngrok" in (urlsplit(self.asking.base).hostname or "") else None,  # of its free plan
+                "requestsPerMonth": 20_000 if self.metered else None,
                 "requests": sum(way.requests_made for way in (self.asking, self.telling, self.ear.transport)), "lines": list(self.lines)}
 
 # %% ../nbs/16_worker.ipynb #972d6d1e
@@ -555,7 +557,8 @@ def take_on(worker: Worker, grants: Sequence[Grant]) -> tuple[Run, ...]:
         run.enter("waiting")
         run.began = worker.clock()
         worker.log(f"[worker] Leased job {run.job_id} ({run.grant.tool}) at {at}")
-    hearts = [Heart(worker.telling, run, worker.log, worker.drain, worker.clock, worker.limits, worker.guard) for run in runs if run.grant.token]
+    hearts = [Heart(worker.telling, run, worker.log, worker.drain, worker.clock, worker.limits, worker.guard, worker.quick_s)
+              for run in runs if run.grant.token]
     worker.hold(runs)
     if hearts:
         worker.ear.open()

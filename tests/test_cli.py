@@ -148,6 +148,13 @@ def test_serve_stops_in_good_order(serve):
         assert [line for line in server.process.lines if line] == [f"colab-gpu serves at {server.url}"]
 
 
+def test_demo_refuses_before_it_starts_anything(cli, tmp_path):
+    for words in ((" ",), ("x", "--width", "many"), ("x", "--strength", "2")):
+        code, out, err = cli("demo", *words, "-o", tmp_path / "demo.png")
+        assert code in (1, 2) and not out and "server at" not in err and "Traceback" not in err, err
+    assert not (tmp_path / "demo.png").exists()
+
+
 def test_demo_and_imagine_draw(cli, processes, tmp_path):
     pytest.importorskip("diffusers")
     from PIL import Image

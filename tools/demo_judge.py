@@ -170,7 +170,8 @@ def judge_shapes(pixels: np.ndarray, asked: dict[str, Any]) -> dict[str, bool]:
         right["second"] = bool(other) and other["shape"] == asked["shape2"]
         right["place"] = bool(main and other) and _stands(main["at"], other["at"], asked["relation"])
     if "size" in asked and "color2" not in asked:
-        right["size"] = bool(main) and _sized(main, asked["size"])
+        right["size"] = bool(main) and _sized(main, asked["size"], pixels.shape[1] / pixels.shape[0])
+    right["alone"] = len(seen["regions"]) <= (2 if "color2" in asked else 1)
     return right
 
 
@@ -179,10 +180,13 @@ def _stands(a: tuple[float, float], b: tuple[float, float], relation: str) -> bo
     return {"left": dx, "right": -dx, "top": dy, "bottom": -dy}[relation] > 0.15
 
 
-def _sized(region: dict[str, Any], size: str) -> bool:
-    """Compare the area with what lies midway between small, medium and large shapes (rings and stars have less ink)."""
+def _sized(region: dict[str, Any], size: str, aspect: float) -> bool:
+    """Compare the area with what lies midway between small, medium and large shapes (rings and stars have less ink).
+
+    `aspect` is width by height: sizes go by the shorter side, shares by the whole picture.
+    """
     full = {"circle": 3.14, "ring": 2.08, "square": 2.96, "triangle": 1.57, "star": 1.6, "heart": 1.9}.get(region["shape"], 2.0)
-    radius = math.sqrt(region["share"] / full)
+    radius = math.sqrt(region["share"] * max(aspect, 1 / aspect) / full)
     return radius < 0.15 if size == "small" else radius > 0.24
 
 
@@ -196,6 +200,11 @@ def time_of(pixels: np.ndarray) -> str:
 
 def see_scene(pixels: np.ndarray) -> set[str]:
     """Return the elements found in a scene."""
+    return set(count_scene(pixels))
+
+
+def count_scene(pixels: np.ndarray) -> dict[str, int]:
+    """Return the elements found in a scene, and how many there are of those that come one at a time (else 1)."""
     time = time_of(pixels)
     # Near-equal paints go by one name; what they belong to is told by where they are.
     groups = {"moon": "pale", "wall": "pale", "sail": "pale", "trunk": "wood", "door": "wood", "hull": "wood", "wave": "sea",
@@ -203,19 +212,17 @@ def see_scene(pixels: np.ndarray) -> set[str]:
     inks = {**INKS[time], **THINGS}
     labels = np.asarray([groups.get(k, k) for k in inks])[nearest(pixels, list(inks.values()))]
     parts = {k: [m for m in components(labels == k) if m.mean() > 0.0001] for k in ("pale", "wood", "roof", "crown", "sun")}
-    found = set()
     low = labels[len(labels) // 2:]
-    found |= {"sea"} if (low == "sea").mean() > 0.12 else set()
-    found |= {"hills"} if (low == "land").mean() > 0.35 and not found else set()
-    found |= {"trees"} if any(m.mean() > 0.004 for m in parts["crown"]) else set()
-    found |= {"sun"} if any(_is_disc(m) for m in parts["sun"]) else set()
-    found |= _night_lights(pixels, parts["pale"]) if time == "night" else set()
-    found |= {"house"} if _stacked(parts["roof"], 0.004, parts["pale"], 0.006) else set()
+    sea = bool((low == "sea").mean() > 0.12)
+    found = {"sea": sea, "hills": bool((low == "land").mean() > 0.35) and not sea, "trees": any(m.mean() > 0.004 for m in parts["crown"]),
+             "sun": sum(_is_disc(m) for m in parts["sun"]), "house": _stacked(parts["roof"], 0.004, parts["pale"], 0.006)}
+    if time == "night":
+        found |= _night_lights(pixels, parts["pale"])
     # A house has pale above wood too, its wall above its door: what stands close under a roof is no sail.
     sails = [m for m in parts["pale"] if not _stacked(parts["roof"], 0.004, [m], 0.0)]
     hulls = [m for m in parts["wood"] if np.ptp(np.nonzero(m)[1]) > np.ptp(np.nonzero(m)[0])]
-    found |= {"boat"} if _stacked(sails, 0.002, hulls, 0.0025) else set()
-    return found
+    found["boat"] = _stacked(hulls, 0.0025, sails, 0.002, above=False)
+    return {name: int(many) for name, many in found.items() if many}
 
 
 def _is_disc(mask: np.ndarray) -> bool:
@@ -225,28 +232,27 @@ def _is_disc(mask: np.ndarray) -> bool:
     return mask.mean() > 0.005 and middle(mask)[1] < 0.62 and 0.6 < wide / high < 3 and mask.sum() > 0.55 * wide * high
 
 
-def _night_lights(pixels: np.ndarray, pale: list[np.ndarray]) -> set[str]:
-    """Find the moon (a pale region up in the sky) and stars (four bright specks at least)."""
-    found = {"moon"} if any(m.mean() > 0.003 and middle(m)[1] < 0.42 for m in pale) else set()
+def _night_lights(pixels: np.ndarray, pale: list[np.ndarray]) -> dict[str, int]:
+    """Count the moons (pale regions up in the sky) and find stars (four bright specks at least)."""
+    moons = sum(m.mean() > 0.003 and middle(m)[1] < 0.42 for m in pale)
     bright = pixels.mean(-1) > 125
     specks = [m for m in components(bright) if 1e-4 < m.mean() < 0.0028 and middle(m)[1] < 0.55]
-    return found | ({"stars"} if len(specks) >= 4 else set())
+    return {"moon": moons, "stars": len(specks) >= 4}
 
 
-def _stacked(upper: list[np.ndarray], upper_min: float, lower: list[np.ndarray], lower_min: float) -> bool:
-    """Tell whether a region of the first kind stands close above one of the second (sizes as shares of the picture)."""
-    for a in (m for m in upper if m.mean() > upper_min):
-        for b in (m for m in lower if m.mean() > lower_min):
-            (ax, ay), (bx, by) = middle(a), middle(b)
-            if abs(ax - bx) < 0.09 and 0.02 < by - ay < 0.2:
-                return True
-    return False
+def _stacked(first: list[np.ndarray], first_min: float, second: list[np.ndarray], second_min: float, above: bool = True) -> int:
+    """Count the regions of the first kind that stand close above (or under) one of the second; sizes as shares of the picture."""
+    def close(a: np.ndarray, b: np.ndarray) -> bool:
+        (ax, ay), (bx, by) = middle(a), middle(b)
+        return abs(ax - bx) < 0.09 and 0.02 < (by - ay if above else ay - by) < 0.2
+    return sum(any(close(a, b) for b in second if b.mean() > second_min) for a in first if a.mean() > first_min)
 
 
 def judge_scene(pixels: np.ndarray, asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the asked elements that were found and whether the time of day is right."""
-    seen = see_scene(pixels)
+    """Return the asked elements that were found, whether the time of day is right, and whether nothing is there twice."""
+    seen = count_scene(pixels)
     right: dict[str, Any] = {e: e in seen for e in sorted(asked["elements"])}
+    right["alone"] = max(seen.values(), default=0) <= 1
     if "time" in asked:
         right["time"] = time_of(pixels) == asked["time"]
     return right

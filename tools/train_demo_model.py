@@ -1,8 +1,9 @@
 """Train the bundled demo model, from a procedural generator to a Diffusers folder.
 
-Four stages, each resumable from the run folder: ``vae`` (autoencoder), ``words`` (text encoder alone: what does a caption
-say?), ``unet`` (text encoder and denoiser, together, on latents of pictures that are drawn as training goes) and ``export``.
-Everything that is left to chance comes from ``--seed``.
+Four stages: ``vae`` (autoencoder), ``words`` (text encoder alone: what does a caption say?), ``unet`` (text encoder and
+denoiser, together, on latents of pictures that are drawn as training goes) and ``export``. All that takes long is resumed
+from the run folder; ``words``, a minute and a half, begins anew if it was cut off. Everything that is left to chance comes
+from ``--seed``.
 
     python tools/train_demo_model.py --run run --out colab_gpu/demo_model
 
@@ -46,7 +47,7 @@ WIDTH = 128  # of the text encoder and so of the cross attention
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 def new_vae() -> AutoencoderKL:
-    """Return an untrained autoencoder: 8 times smaller on each side, 4 channels, no attention, about 0.7 M parameters."""
+    """Return an untrained autoencoder: 8 times smaller on each side, 4 channels, no attention, about 0.8 M parameters."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 24, 48, 64), layers_per_block=1, latent_channels=4, norm_num_groups=1, sample_size=256,
@@ -412,10 +413,10 @@ class Pool:
 class Painter(torch.nn.Module):
     """The two networks that are trained together."""
 
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+    def __init__(self, tokenizer: CLIPTokenizer, device: torch.device) -> None:
         super().__init__()
         self.text, self.unet = new_text_encoder(tokenizer), new_unet()
-        if not torch.cuda.is_available():
+        if device.type == "cpu":
             # On a CPU the fused attention's backward pass takes three times as long as the plain one's at these sizes.
             self.unet.set_attn_processor(AttnProcessor())
             self.text.set_attn_implementation("eager")
@@ -496,7 +497,7 @@ def train_words(args: argparse.Namespace, tokenizer: CLIPTokenizer, device: torc
     if path.exists():
         return
     torch.manual_seed(args.seed)
-    net = Painter(tokenizer).to(device)
+    net = Painter(tokenizer, device).to(device)
     pool = net.unet.add_embedding
     heads = torch.nn.ModuleDict({k: torch.nn.Linear(pool.proj.out_features, len(v)) for k, v in QUESTIONS.items()}).to(device)
     parts = torch.nn.ModuleList([net.text, pool, heads])
@@ -594,7 +595,7 @@ class Painting:
     def __init__(self, args: argparse.Namespace, tokenizer: CLIPTokenizer, device: torch.device) -> None:
         torch.manual_seed(args.seed)
         self.args, self.tokenizer, self.device, self.path = args, tokenizer, device, args.run / "unet.pt"
-        self.net = Painter(tokenizer).to(device, memory_format=torch.channels_last)
+        self.net = Painter(tokenizer, device).to(device, memory_format=torch.channels_last)
         if args.start:
             self.net.text.load_state_dict(CLIPTextModel.from_pretrained(args.start / "text_encoder").state_dict())
             self.net.unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start / "unet").state_dict())
@@ -695,9 +696,8 @@ def export(out: Path, vae: AutoencoderKL, net: Painter, tokenizer: CLIPTokenizer
     # Both forms of the tokenizer, because older releases read the first and newer ones the second.
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(Path(tokenizer.name_or_path) / name, work / "tokenizer" / name)
-    for name in ("README.md", "score.json"):
-        if (out / name).exists():
-            shutil.copy(out / name, work / name)
+    if (out / "README.md").exists():
+        shutil.copy(out / "README.md", work / "README.md")
     # The weights are stored in float16 but meant to be read as float32 unless the caller says otherwise: transformers 5 would
     # keep the stored type and diffusers would not, and the two halves would not fit.
     config = work / "text_encoder" / "config.json"
@@ -745,6 +745,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the stages that are still to do."""
     args = arguments()
+    if args.stage == "export":
+        missing = [name for name in ("unet.pt", *(() if args.start else ("vae.pt", "decoder.pt"))) if not (args.run / name).exists()]
+        if missing:
+            sys.exit(f"{args.run} holds nothing to export: {', '.join(missing)} is missing. Train first, without --stage export.")
     args.run.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -759,7 +763,7 @@ def main() -> None:
     if args.stage == "unet":
         train_unet(args, vae, tokenizer, device)
     if args.stage == "export":
-        net = Painter(tokenizer)
+        net = Painter(tokenizer, torch.device("cpu"))
         net.load_state_dict(torch.load(args.run / "unet.pt", map_location="cpu")[args.weights])
         export(args.out, vae, net, tokenizer)
 
