@@ -110,7 +110,6 @@ class Arbiter:
         self.warm, self.warm_since, self.turn_of = "", clock(), ""
         self.owner: int | None = None
         self.changed = threading.Condition()
-
     def join(self, holder: Holder) -> None:
         "Count with `holder` from now on."
         with self.changed:
@@ -135,9 +134,7 @@ class Arbiter:
         finally:
             if outer: give_back(self)
 
-    def clear(self, family: str, check: Callable[[], None] = lambda: None) -> list[str]:
-        "See `clear`."
-        return clear(self, family, check)
+    def clear(self, family: str, check: Callable[[], None] = lambda: None) -> list[str]: "See `clear`."; return clear(self, family, check)
     def snapshot(self) -> dict[str, Any]:
         "What a panel shows: the accelerator and its bytes, who holds what, whose turn it is, who waits."
         return {"accelerator": self.device.name, "total_bytes": self.device.total_bytes(), "free_bytes": self.device.free_bytes(),
@@ -208,6 +205,7 @@ def send_away(arbiter: Arbiter, holder: Holder, short: Callable[[], int], check:
     arbiter.say(f"[gpu] {trouble}.")
     return [trouble]
 
+# %% ../nbs/13_gpu.ipynb #20bbe23c
 def wait_for(arbiter: Arbiter, done: Callable[[], bool], check: Callable[[], None]) -> bool:
     "Look again and again until `done`, at most `timeout_s`; whether it came to that."
     end = arbiter.clock() + arbiter.timeout_s

@@ -270,6 +270,7 @@ def carry_out(executor: ImageExecutor, orders: Sequence[Order]) -> None:
         for order in some:  # a failure lives until it was reported, and the frames of its traceback hold the pipeline
             if order.failed is not None: order.failed.__traceback__ = None
 
+# %% ../nbs/14_images.ipynb #14530a89
 def turn(executor: ImageExecutor, source: ModelSource, check: Callable[[], None] = lambda: None) -> contextlib.AbstractContextManager[None]:
     "A turn on the accelerator, with room for the model at `source`. Raises `OutOfMemory`, and what `check` raises."
     return executor.arbiter.turn(executor.family, lambda: executor.shelf.needs(source), check)

@@ -470,6 +470,7 @@ def one_call(model: LoadedModel, shots: Sequence[Shot], clock: Callable[[], floa
         job.calls_done += 1
         for drawing in job.drawings: drawing.meta["duration_ms"] = round((clock() - (job.began or 0)) * 1000)
 
+# %% ../nbs/13d_painting.ipynb #a8d6db26
 def _plan(waiting: Sequence[Shot], size: int) -> None:
     "Tell each job how many calls it will have taken part in, for its count of steps."
     taken: dict[int, set[int]] = {}
