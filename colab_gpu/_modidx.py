@@ -685,6 +685,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'colab_gpu.images.leave_device': ('images.html#leave_device', 'colab_gpu/images.py'),
                                   'colab_gpu.images.load_model': ('images.html#load_model', 'colab_gpu/images.py'),
                                   'colab_gpu.images.make_room': ('images.html#make_room', 'colab_gpu/images.py'),
+                                  'colab_gpu.images.moved_away': ('images.html#moved_away', 'colab_gpu/images.py'),
                                   'colab_gpu.images.preload': ('images.html#preload', 'colab_gpu/images.py'),
                                   'colab_gpu.images.read_request': ('images.html#read_request', 'colab_gpu/images.py'),
                                   'colab_gpu.images.run_batch': ('images.html#run_batch', 'colab_gpu/images.py'),

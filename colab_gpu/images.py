@@ -19,9 +19,9 @@ from .pictures import FORMATS, drawable_size, open_picture
 from .pipelines import free_bytes, free_memory, held_bytes, library, load_pipeline, pick_device, telling_download, weight_bytes
 
 # %% auto #0
-__all__ = ['ModelShelf', 'make_room', 'without_others', 'load_model', 'leave_device', 'bring_back', 'Pace', 'first_guess',
-           'shape', 'read_request', 'ImageExecutor', 'Order', 'run_batch', 'draw', 'carry_out', 'turn', 'clearing',
-           'hand_over', 'batch_size', 'preload']
+__all__ = ['ModelShelf', 'make_room', 'without_others', 'load_model', 'leave_device', 'moved_away', 'bring_back', 'Pace',
+           'first_guess', 'shape', 'read_request', 'ImageExecutor', 'Order', 'run_batch', 'draw', 'carry_out', 'turn',
+           'clearing', 'hand_over', 'batch_size', 'preload']
 
 # %% ../nbs/14_images.ipynb #2785e1f8
 class ModelShelf:
@@ -108,11 +108,15 @@ def leave_device(shelf: ModelShelf, need: int) -> None:
         if model.away or model.offloaded: continue  # nothing of it is there
         freed += model.size
         room = shelf.free("cpu")
-        if model.device.startswith("cuda") and (room is None or room > 2 * model.size):
-            model.pipe.to("cpu")
-            model.away = True
-        else: del shelf.loaded[location]
+        model.away = model.device.startswith("cuda") and (room is None or room > 2 * model.size) and moved_away(model)
+        if not model.away: del shelf.loaded[location]
     free_memory()
+
+def moved_away(model: LoadedModel) -> bool:
+    "Move a model to the machine's own memory; if that fails, half of it may be there, and it is of no use any more."
+    try: model.pipe.to("cpu")
+    except (RuntimeError, MemoryError): return False
+    return True
 
 def bring_back(shelf: ModelShelf, model: LoadedModel, clear: Callable[[], Any]) -> None:
     "Move a model that waits in the machine's own memory to its device again; see `without_others`. Raises `OutOfMemory`."

@@ -233,6 +233,22 @@ def test_on_a_card_models_wait_in_the_machines_own_memory(models, monkeypatch):
     assert artist.run(*job())["load_ms"] == 0 and moved == ["cpu", "cpu"] and artist.held_bytes() == model.size
 
 
+def test_a_model_that_is_half_moved_away_is_dropped(models, monkeypatch):
+    "Half of it on the card and half not, it could not draw any more, and nobody would load it anew."
+    artist = executor(models[0])
+    before = artist.draw("x", seed=7, **SMALL).png
+    model = model_of(artist)
+    model.device = "cuda"
+
+    def to(where):
+        model.pipe.unet.to(torch.float64)  # as good as elsewhere
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(model.pipe, "to", to)
+    artist.leave(1 << 60)
+    assert (artist.models(), artist.held_bytes()) == ([], 0)
+    assert artist.draw("x", seed=7, **SMALL).png == before
+
+
 # ---- known models ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("name", "steps", "guidance", "side", "least"), [
