@@ -73,7 +73,7 @@ _SD1, _SDXL = KnownModel(25, 7.0, 512, gib=2.6), KnownModel(30, 5.0, 1024, max_s
 _SD3, _FLUX = KnownModel(28, 7.0, 1024, max_side=2048, gib=15), KnownModel(28, 3.5, 1024, max_side=2048, gib=32)
 _ZIMAGE = KnownModel(8, 0.0, 1024, 1, 2048, 20)
 KNOWN: dict[str, KnownModel] = {
-    "demo": KnownModel(25, 3.0, 256),
+    "demo": KnownModel(25, 2.0, 256),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _SD1,
     "SimianLuo/LCM_Dreamshaper_v7": KnownModel(4, 8.0, 768, 1, 1024, 2.6),
     "stabilityai/sd-turbo": KnownModel(4, 0.0, 512, 1, 1024, 2.6),

@@ -18,9 +18,9 @@ FOLDER = ROOT / "colab_gpu" / "demo_model"
 sys.path.insert(0, str(ROOT / "tools"))
 
 from demo_captions import describe, elements, vocabulary
-from demo_judge import components, judge_shapes, see_scene, see_shapes, shape_of, share
+from demo_judge import components, judge_shapes, see_scene, see_shapes, shape_of
 from demo_scenes import PALETTE, is_held_out, render, sample
-from score_demo_model import judge, prompts, tally, visibly_apart
+from score_demo_model import judge, negative_shares, prompts, tally, visibly_apart
 
 # ---- the generator and the judge, which need no model ----------------------------------------------------------------
 
@@ -289,9 +289,11 @@ def test_one_seed_gives_the_same_bytes_and_two_seeds_differ(pipe) -> None:
 
 
 def test_a_negative_prompt_lowers_its_colour(pipe) -> None:
-    plain = np.mean([share(paint(pipe, "a circle", s), "blue") for s in range(12)])
-    without = np.mean([share(paint(pipe, "a circle", s, negative_prompt="blue"), "blue") for s in range(12)])
-    assert without < plain / 2
+    def several(texts: list[str], seeds: list[int], negative: str) -> list[np.ndarray]:
+        return [paint(pipe, text, s, negative_prompt=negative) for text, s in zip(texts, seeds, strict=True)]
+
+    without, with_it = negative_shares(several, 18)
+    assert with_it < without / 2
 
 
 @pytest.mark.parametrize(("width", "height"), [(384, 256), (256, 384)])

@@ -57,7 +57,7 @@ def describe(picture: Picture, rng: random.Random, plain: bool = False) -> tuple
     maker = {"single": _single, "pair": _pair, "scene": _scene}[picture["kind"]]
     text, asked = maker(picture, rng)
     if not plain and rng.random() < 0.2:
-        text = with_filler(text, rng)
+        text = _with_filler(text, rng)
     return text, asked
 
 
@@ -247,7 +247,7 @@ def _vague(p: Picture, rng: random.Random) -> str:
                        f"{item['color']} and {p['ground']}"))
 
 
-def with_filler(text: str, rng: random.Random) -> str:
+def _with_filler(text: str, rng: random.Random) -> str:
     """Put in one or two words that mean nothing here, known or made up: unknown words must do no harm."""
     words = text.split()
     for _ in range(rng.choice((1, 1, 2))):

@@ -689,7 +689,8 @@ def export(out: Path, vae: AutoencoderKL, net: Painter, tokenizer: CLIPTokenizer
     work = out.with_name(out.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     pipe = StableDiffusionPipeline(
-        vae=copy.deepcopy(vae).half(), text_encoder=copy.deepcopy(net.text).half(), tokenizer=tokenizer,
+        vae=copy.deepcopy(vae).half(), text_encoder=copy.deepcopy(net.text).half(),
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizer.name_or_path),  # afresh: `tokenizer` has kept the padding it was used with
         unet=copy.deepcopy(net.unet).half(), scheduler=new_scheduler(), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False)
     pipe.save_pretrained(work, safe_serialization=True)
