@@ -29,6 +29,7 @@ from colab_gpu.jobs import LocalContext
 from colab_gpu.models import find_model
 from colab_gpu.pictures import replay_payload
 from colab_gpu.pipelines import weight_bytes
+from colab_gpu.runs import Run
 from colab_gpu.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -352,8 +353,14 @@ class Ordered:
 
 
 @pytest.fixture
-def shift(place, serve, tmp_path):
-    "The place with a queue server in a process of its own, and two workers that serve both tools on one arbiter; `start()` starts them."
+def shift(place, serve, tmp_path, monkeypatch):
+    "The place with a queue server in a process of its own, and two workers that serve both tools on one arbiter."
+    whole = Run.progress
+
+    def progress(run, step, total, **more):  # however busy the machine is, the cancel of a picture of forty steps comes before its end
+        whole(run, step, total, **more)
+        if (step, run.grant.job["payload"].get("num_inference_steps")) == (20, 40): eventually(lambda: run.why, "the cancel")
+    monkeypatch.setattr(Run, "progress", progress)
     here, server = place(15, prefer_s=1), serve()
     own = {"STACK_API_BASE": server.url, "STACK_WORKER_TOKEN": TOKEN, "WORKER_WAIT_SECONDS": 2, "POLL_INTERVAL": 0.05, "WORKER_MAX_BATCH": 4,
            "COLAB_GPU_DATA": str(tmp_path / "worker")}
@@ -381,7 +388,7 @@ def test_fifty_mixed_jobs_with_cancels_at_random(shift, twin):
     for thread in watchers: thread.join(60)
     assert_each_ended_once(shift, orders, jobs)
     assert_clean(shift)
-    last = [client.submit("imagenGenerate", {**orders[0].payload, "prompt": "after", "seed": 1}), client.submit("ollamaChat", {"prompt": "after"})]
+    last = [client.submit("imagenGenerate", {"prompt": "after", "seed": 1, **SMALL}), client.submit("ollamaChat", {"prompt": "after"})]
     assert [job.wait(60).status for job in last] == ["completed"] * 2, "and both are served as before"
     assert_pictures_are_their_own(shift, orders, jobs, twin)
 
@@ -392,13 +399,10 @@ def assert_each_ended_once(here, orders, jobs):
     assert [path.read_text().count(f"| {job.id} |") for job in jobs] == [1] * len(jobs)
     for order, job in zip(orders, jobs, strict=True):
         assert order.states[-2:] == [job.status, "done"] and not {"completed", "failed", "canceled", "done"} & set(order.states[:-2]), (order.n, order.states)
-        assert job.status in {"never": ["completed"], "before": ["canceled"]}.get(order.cancel, ["completed", "canceled"]), (order.n, order.cancel, job)
+        assert job.status in {"never": ["completed"], "end": ["completed", "canceled"]}.get(order.cancel, ["canceled"]), (order.n, order.cancel, job)
         assert job.data["attempts"] == (0 if order.cancel == "before" else 1), (order.n, job.data)
-        if order.tool == "ollamaChat" and order.cancel == "running": assert job.status == "canceled"
         if order.tool == "ollamaChat" and job.status == "completed": assert job.result["response"] == f"answer {order.n} {order.words}"
     assert {job.status for job in here.client.jobs(limit=200)} == {"completed", "canceled"}
-    running = [job.status for order, job in zip(orders, jobs, strict=True) if order.cancel == "running" and order.tool == "imagenGenerate"]
-    assert "canceled" in running, "of forty steps each, one at least was stopped on the way"
 
 
 def assert_pictures_are_their_own(here, orders, jobs, twin):
