@@ -2,7 +2,9 @@
 
     python benchmarks/bench_images.py [--model demo] [--jobs 8] [--rounds 5] [--steps 25] [--size 256] [--batch 4] [--json FILE] [--profile]
 
-queue    jobs through a server in a process of its own and a worker here, over `pipe(...)` in a loop here with the same weights
+single   jobs through a server in a process of its own and a worker's loop here, one a call, from the first submit to the last end,
+         over `pipe(...)` in a loop here with the same weights
+queue    the same with as many jobs a call as the executor takes by itself
 batch    `run_batch` with --batch jobs, over `run` for each
 
 The sides take turns within each round, first one and then the other first, and the medians of the rounds' ratios are shown: what the machine does
@@ -40,8 +42,7 @@ TOKEN = "bench"
 
 
 def timed(side: Callable[[], None]) -> tuple[float, float]:
-    """Seconds that `side` takes, by the clock and of this process's CPU time, once it is prepared."""
-    getattr(side, "prepare", lambda: None)()
+    """Seconds that `side` takes, by the clock and of this process's CPU time."""
     started, spent = time.perf_counter(), time.process_time()
     side()
     if torch.cuda.is_available():
@@ -70,22 +71,18 @@ def serve(data: str) -> tuple[subprocess.Popen[str], str]:
     return process, process.stdout.readline().split()[-1]
 
 
-def through_queue(artist: ImageExecutor, payloads: list[dict[str, Any]], url: str) -> Callable[[], None]:
-    """Draws the payloads as jobs: submitted beforehand by a caller, then leased, drawn and reported by a worker."""
-    worker = Worker([artist], Settings({"STACK_API_BASE": url, "STACK_WORKER_TOKEN": TOKEN, "WORKER_WAIT_SECONDS": 1}, environ={}), log=None)
+def through_queue(artist: ImageExecutor, payloads: list[dict[str, Any]], url: str, most: int) -> Callable[[], None]:
+    """Submits the payloads as jobs and waits for their ends, with a worker's loop running here that takes up to `most` in a call."""
+    settings = Settings({"STACK_API_BASE": url, "STACK_WORKER_TOKEN": TOKEN, "WORKER_MAX_BATCH": most}, environ=os.environ)
+    worker = Worker([artist], settings, log=None)
     client = Client(url, TOKEN + "-caller")
 
-    def prepare() -> None:
-        for payload in payloads:
-            client.submit("imagenGenerate", payload)
-
     def side() -> None:
-        goal = worker.counts["completed"] + len(payloads)
-        while worker.counts["completed"] < goal:
-            turn = worker.turn()
-            assert turn.did in ("completed", "idle"), turn
+        worker.start()
+        jobs = [client.submit("imagenGenerate", payload) for payload in payloads]
+        assert {job.wait(600).status for job in jobs} == {"completed"}
 
-    side.prepare = prepare  # type: ignore[attr-defined]
+    side.close = lambda: worker.stop(30)  # type: ignore[attr-defined]
     return side
 
 
@@ -129,12 +126,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-images-", ignore_cleanup_errors=True) as data:
         process, url = serve(data)
         try:
-            bare, queue = bare_loop(artist, payloads), through_queue(artist, payloads, url)
-            rows = {"queue": compare(queue, bare, args.rounds)}
+            bare, rows = bare_loop(artist, payloads), {}
+            for name, most in (("single", 1), ("queue", 16)):
+                queue = through_queue(artist, payloads, url, most)
+                rows[name] = compare(queue, bare, args.rounds)
+                queue.close()  # type: ignore[attr-defined]
             if args.profile:
-                queue.prepare()  # type: ignore[attr-defined]
                 profile = cProfile.Profile()
-                profile.runcall(queue)
+                profile.runcall(through_queue(artist, payloads, url, 1))
                 pstats.Stats(profile).sort_stats("tottime").print_stats(25)
         finally:
             process.terminate()
@@ -143,7 +142,9 @@ def main() -> None:
     model = next(iter(artist.shelf.loaded.values()))
     print(f"{model.source.name} on {model.device}, {args.size}×{args.size}, {args.steps} steps, {args.jobs} jobs a round, {args.rounds} rounds\n")
     print("| | images/s | beside it | ratio | ratio of CPU time |\n|---|---|---|---|---|")
-    for name, what in (("queue", "queue and worker / bare loop"), ("batch", f"batches of {args.batch} / one by one")):
+    names = {"single": "queue and worker, one a call / bare loop", "queue": "queue and worker, as it comes / bare loop",
+             "batch": f"batches of {args.batch} / one by one"}
+    for name, what in names.items():
         mine, other, ratio, cpu = rows[name]
         print(f"| {what} | {args.jobs / mine:.2f} | {args.jobs / other:.2f} | {ratio:.3f} | {cpu:.3f} |")
     if args.json:

@@ -4,6 +4,7 @@
 
 submits   durable submits a second at 16 connections (wrk), next to a bare asyncio.Protocol in the same run, and their ratio
 cycles    submit + lease + complete cycles a second, with 1,000 … N jobs stored
+leases    CPU of a lease as the queue grows, to a worker that takes the first job and to one that has a model loaded
 wakeup    from a submit to a long-polling worker having the job, with 100 workers waiting
 polls     5,000 waiting long polls: memory each, and submits meanwhile
 start     resident memory when idle, time to ready, time to import the client
@@ -160,6 +161,37 @@ def bench_cycles(args: argparse.Namespace) -> dict[str, float]:
     return out
 
 
+def bench_leases(args: argparse.Namespace) -> dict[str, float]:
+    """CPU of a lease and its release, with 100 … N jobs waiting; three models in turns, of which the second worker has one loaded."""
+    from colab_gpu import broker as rules
+    from colab_gpu.broker import Ask, Broker, Policy
+    from colab_gpu.jobs import JobSpec
+    from colab_gpu.store import SQLiteStore
+
+    sizes = [n for n in (100, 10_000, 100_000) if n <= max(100, args.jobs)]
+    asks = {"plain": Ask("bench"), "warm": Ask("bench", models=frozenset({"m1"}))}
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=os.environ.get("BENCH_DIR")) as data:
+        brokers = {size: Broker(SQLiteStore(Path(data, f"{size}.db")), Policy(max_pending=10**8)) for size in sizes}
+        for size, broker in brokers.items():
+            for start in range(0, size, 2000):
+                specs = [JobSpec("imagenGenerate", '{"prompt": "x"}', model=f"m{n % 3}") for n in range(start, min(size, start + 2000))]
+                broker.call(lambda tx, at: [rules.submit(tx, at, spec) for spec in specs])  # noqa: B023
+        rounds: dict[tuple[str, int], list[float]] = {(who, size): [] for who in asks for size in sizes}
+        for _ in range(15):  # in turns, so that whatever else the machine does meets all of them
+            for (who, size), took in rounds.items():
+                broker, cpu = brokers[size], time.process_time()
+                for _ in range(40):
+                    [job] = broker.call(rules.lease, asks[who], None, broker.passed)
+                    broker.call(rules.release, job.id, job.lease_token)
+                took.append((time.process_time() - cpu) / 40 * 1e6)
+        for broker in brokers.values():
+            broker.store.close()
+    out = {f"CPU us {who}, {size:,} waiting": statistics.median(took) for (who, size), took in rounds.items()}
+    for who in asks:
+        out[f"{who}, last / first"] = statistics.median(b / a for a, b in zip(rounds[who, sizes[0]], rounds[who, sizes[-1]], strict=True))
+    return out
+
+
 def bench_wakeup(args: argparse.Namespace) -> dict[str, float]:
     """From before the submit to after the worker has the job, with 100 workers waiting on their own connections."""
 
@@ -282,8 +314,8 @@ def bench_artifact(args: argparse.Namespace) -> dict[str, float]:
         return {"growth MB": (peak - before) / 2**20, "upload s (median, with fsync)": statistics.median(took)}
 
 
-BENCHES = {"submits": bench_submits, "cycles": bench_cycles, "wakeup": bench_wakeup, "polls": bench_polls, "start": bench_start,
-           "artifact": bench_artifact}
+BENCHES = {"submits": bench_submits, "cycles": bench_cycles, "leases": bench_leases, "wakeup": bench_wakeup, "polls": bench_polls,
+           "start": bench_start, "artifact": bench_artifact}
 
 
 def main() -> None:

@@ -6,21 +6,22 @@
 from __future__ import annotations
 import asyncio, json, logging, math, random, secrets, threading, time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from .errors import (ERROR_KINDS, RETRYABLE_KINDS, ColabGPUError, Conflict, IdempotencyConflict, InvalidPayload, JobEnded, JobNotFound,
-                              JobNotInProgress, LeaseLost, QueueFull, ResultConflict, Unprocessable)
+                              JobNotInProgress, LeaseLost, NotFound, QueueFull, ResultConflict, Unprocessable)
 from .jobs import Job, JobSpec, batch_key, digest, job_dict, lane_parts, move, new_id
-from .store import Outcome, Reader, Store, Ticket, Tx
+from .store import Outcome, Place, Reader, Store, Ticket, Tx
 
 log = logging.getLogger("colab_gpu.broker")
 
 # %% auto #0
-__all__ = ['log', 'EVENT_KINDS', 'T', 'Policy', 'At', 'submit', 'Ask', 'lease', 'check_claim', 'extend', 'finish', 'add_artifact',
-           'fail', 'backoff_s', 'release', 'cancel', 'retry', 'reap', 'Waiters', 'Event', 'Channel', 'check_events',
-           'WorkerSeen', 'Roster', 'LoopTicket', 'Beat', 'Broker', 'lease_within', 'heartbeat', 'watchers_of', 'Order',
-           'orders_within', 'ended_within', 'watch', 'reap_forever', 'standing']
+__all__ = ['log', 'LOOK_AHEAD', 'EVENT_KINDS', 'T', 'Policy', 'At', 'submit', 'Ask', 'lease', 'held', 'Passed', 'check_claim',
+           'extend', 'finish', 'add_artifact', 'fail', 'backoff_s', 'release', 'cancel', 'retry', 'reap', 'Waiters',
+           'Event', 'Channel', 'check_events', 'WorkerSeen', 'Roster', 'LoopTicket', 'Beat', 'Broker', 'lease_within',
+           'drain', 'heartbeat', 'watchers_of', 'Order', 'orders_within', 'ended_within', 'watch', 'reap_forever',
+           'standing']
 
 # %% ../nbs/05_broker.ipynb #c69ce7f3
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def submit(tx: Tx, at: At, spec: JobSpec, key: str | None = None, body_digest: s
     if tx.pending() >= at.policy.max_pending:
         raise QueueFull(f"{at.policy.max_pending} jobs wait already: try again later.", retry_after=5)
     now, wait_s, start = at.now_ms, spec.queue_timeout_s, spec.not_before_ms
-    job = Job(new_id(now), spec.tool, spec.payload_json, spec.priority, enqueued_ms=now, max_attempts=spec.max_attempts or at.policy.max_attempts)
+    job = Job(new_id(now), spec.tool, spec.payload_json, spec.priority, enqueued_ms=now, max_attempts=spec.max_attempts or at.policy.max_attempts,
+              model=spec.model, webhook=spec.webhook)
     if spec.requirements or wait_s or start or spec.run_timeout_s or spec.retry_of or key:
         job.requirements, job.run_timeout_s, job.retry_of = spec.requirements, spec.run_timeout_s, spec.retry_of
         job.idempotency_key, job.body_digest = key, body_digest
@@ -78,6 +80,7 @@ class Ask:
     fenced: it renews its leases by heartbeat and sends their tokens. most: jobs it can run in one batch, 1…16.
     request: its name for this very question; asked again, it gets the same answer.
     standby_s: take only what has waited that long, seconds. session_left_s: take nothing that is expected to last longer.
+    models: those it has loaded. paused: why it takes nothing just now, `None` when it does.
     """
     worker: str
     instance: str | None = None
@@ -88,6 +91,8 @@ class Ask:
     request: str | None = None
     standby_s: float | None = None
     session_left_s: float | None = None
+    models: frozenset[str] = frozenset()
+    paused: str | None = None
 
     def serves(self, lane: str) -> bool:
         "Whether this worker can take the jobs of `lane`."
@@ -95,25 +100,47 @@ class Ask:
         tool, tags = lane_parts(lane)
         return (self.tools is None or tool in self.tools) and tags <= self.tags
 
+    def has_warm(self, model: str | None) -> bool:
+        "Whether `model` is loaded; Ollama's `:latest` may be left out."
+        return model is not None and bool(self.models) and (model in self.models or f"{model}:latest" in self.models)
+
 # %% ../nbs/05_broker.ipynb #2dde3ef5
-def lease(tx: Tx, at: At, ask: Ask, servable: Callable[[str], bool] | None = None) -> list[Job]:
-    "Grant up to `ask.most` jobs to one worker: the first by priority and age, and others that can share its batch. Empty when none is ready."
-    request = None if ask.request is None else repr((ask.worker, ask.instance, ask.request))
+def lease(tx: Tx, at: At, ask: Ask, servable: Callable[[str], bool] | None = None, passed: Passed | None = None) -> list[Job]:
+    """Grant up to `ask.most` jobs to one worker: the first by priority and age, and others that can share its batch. Empty when none is ready.
+
+    Parameters
+    ----------
+    servable: which lanes may be served besides. passed: lets jobs whose model the worker has warm go first, as far as it allows.
+    """
+    request = _question(ask)
     if request is not None and (held := tx.by_lease_request(request)): return held
-    accept = servable or (lambda lane: True)
-    found = [_for(ask, at, tx.heads(name, 1 if ask.standby_s is None else 64)) for name in list(tx.lanes()) if ask.serves(name) and accept(name)]
-    heads = [jobs[0] for jobs in found if jobs]
-    if not heads: return []
-    head = min(heads, key=lambda j: (j.rank, j.seq))
+    names = [name for name in list(tx.lanes()) if ask.serves(name) and (servable is None or servable(name))]
+    head = _warm_first(tx, at, ask, names, passed) if passed is not None and ask.models and ask.standby_s is None else _first(tx, at, ask, names)
+    if head is None: return []
+    if passed is not None: passed.forget(head.id)
     jobs = [head] if ask.most == 1 else _batch_mates(_for(ask, at, tx.heads(head.lane, 64)), head)[:ask.most]
     for job in jobs: _grant(tx, at, job, ask, request)
     return jobs
+
+def held(tx: Tx, at: At, ask: Ask) -> list[Job]:
+    "The jobs that were granted to this very question already."
+    request = _question(ask)
+    return [] if request is None else tx.by_lease_request(request)
+
+def _question(ask: Ask) -> str | None: return None if ask.request is None else repr((ask.worker, ask.instance, ask.request))
+
+def _first(tx: Tx, at: At, ask: Ask, names: list[str]) -> Job | None:
+    "The first job of the lanes `names` by priority and age."
+    found = [_for(ask, at, tx.heads(name, 1 if ask.standby_s is None else 64)) for name in names]
+    return min((jobs[0] for jobs in found if jobs), key=lambda j: (j.rank, j.seq), default=None)
 
 def _for(ask: Ask, at: At, jobs: list[Job]) -> list[Job]:
     "Those of `jobs` that have waited long enough for `ask`."
     if ask.standby_s is None: return jobs
     return [j for j in jobs if at.now_ms - (j.not_before_ms or j.enqueued_ms) >= ask.standby_s * 1000]
 
+
+# %% ../nbs/05_broker.ipynb #6e6b28ce
 def _grant(tx: Tx, at: At, job: Job, ask: Ask, request: str | None) -> None:
     job.status, job.ready = move(job.status, "lease"), False
     job.started_ms, job.worker_id, job.worker_instance, job.lease_request = at.now_ms, ask.worker, ask.instance, request
@@ -135,6 +162,38 @@ def _batch_mates(jobs: list[Job], head: Job) -> list[Job]:
     key = batch_key(head)
     if key is None: return [head]
     return [j for j in jobs if j.id == head.id or (j.rank == head.rank and batch_key(j) == key)]
+
+# %% ../nbs/05_broker.ipynb #21f0642b
+LOOK_AHEAD = 16
+
+class Passed:
+    "How often jobs were passed over, and since when: at most `most` times, and for `most_s` seconds from the first."
+    def __init__(self, most: int = 8, most_s: float = 60) -> None:
+        self.most, self.most_s = most, most_s
+        self._jobs: OrderedDict[str, tuple[int, int]] = OrderedDict()
+
+    def enough(self, job_id: str, now_ms: int) -> bool:
+        "Whether a job must not be passed over again."
+        times, since_ms = self._jobs.get(job_id, (0, now_ms))
+        return times >= self.most or now_ms - since_ms > self.most_s * 1000
+
+    def note(self, job_ids: Iterable[str], now_ms: int) -> None:
+        "Those jobs were passed over once more."
+        for job_id in job_ids:
+            times, since_ms = self._jobs.get(job_id, (0, now_ms))
+            self._jobs[job_id] = times + 1, since_ms
+        while len(self._jobs) > 10_000: self._jobs.popitem(last=False)
+
+    def forget(self, job_id: str) -> None: self._jobs.pop(job_id, None)
+
+def _warm_first(tx: Tx, at: At, ask: Ask, names: list[str], passed: Passed) -> Job | None:
+    "Of the next jobs of the highest priority, the first whose model is warm, unless one before it has been passed over enough."
+    places: list[Place] = sorted(place for name in names for place in tx.line(name, LOOK_AHEAD))
+    row = [place for place in places if place.rank == places[0].rank][:LOOK_AHEAD]
+    if not row: return None
+    chosen = next((n for n, place in enumerate(row) if ask.has_warm(place.model) or passed.enough(place.id, at.now_ms)), 0)
+    passed.note((place.id for place in row[:chosen]), at.now_ms)
+    return tx.get(row[chosen].id)
 
 # %% ../nbs/05_broker.ipynb #d7bb9c11
 def _claim(tx: Tx, job_id: str, token: str | None) -> Job:
@@ -211,6 +270,7 @@ def _said_before(job: Job, content: str) -> bool:
 def _end(tx: Tx, at: At, job: Job, verb: str, content: str | None = None) -> None:
     job.status, job.ready = move(job.status, verb), False
     job.ended_ms, job.lease_until_ms = at.now_ms, None
+    if job.webhook: job.webhook_due_ms = at.now_ms  # in the same commit as the end: a crash in between loses neither
     if content is not None: job.result_digest = content
     tx.update(job)
 
@@ -289,7 +349,7 @@ def retry(tx: Tx, at: At, job_id: str) -> Job:
     if old.status not in ("failed", "canceled"):
         raise Conflict(f"Job {job_id} is {old.status}: only a failed or canceled job can be retried.", code="job_not_retryable")
     return submit(tx, at, JobSpec(old.tool, old.payload_json, old.priority, old.max_attempts, None, old.run_timeout_s, None,
-                                  old.requirements, retry_of=old.id))
+                                  old.requirements, retry_of=old.id, model=old.model, webhook=old.webhook))
 
 # %% ../nbs/05_broker.ipynb #ef445ea3
 def reap(tx: Tx, at: At, most: int = 500) -> int:
@@ -326,7 +386,7 @@ class Waiters:
 
     def __len__(self) -> int: return sum(map(len, self._buckets.values()))
     @staticmethod
-    def _bucket(ask: Ask) -> tuple[Any, ...]: return (ask.tools, ask.tags, ask.standby_s is None, ask.session_left_s is None)
+    def _bucket(ask: Ask) -> tuple[Any, ...]: return (ask.tools, ask.tags, ask.standby_s is None, ask.session_left_s is None, ask.models)
 
     def add(self, ask: Ask, future: asyncio.Future[str | None]) -> int:
         "Enter a waiter; returns its number, by which it leaves."
@@ -339,21 +399,22 @@ class Waiters:
         bucket.pop(number, None)
         if not bucket: self._buckets.pop(self._bucket(ask), None)
 
-    def wake(self, lane: str, lasts_s: float = 0) -> bool:
-        "Wake the longest-waiting worker that serves `lane`, whose jobs are expected to last `lasts_s` seconds; false when there is none."
-        best: int | None = None
-        for bucket in self._buckets.values():
+    def wake(self, lane: str, lasts_s: float = 0, model: str | None = None) -> bool:
+        "Wake a worker for a job of `lane` that is expected to last `lasts_s` seconds: with `model` warm, else the longest waiting. False: nobody."
+        best = min(self._fit(lane, lasts_s, model), default=None)
+        if best is None: return False
+        _, number, key = best
+        _, future = self._buckets[key].pop(number)
+        if not self._buckets[key]: del self._buckets[key]
+        if not future.done(): future.set_result(lane)
+        return True
+
+    def _fit(self, lane: str, lasts_s: float, model: str | None) -> Iterator[tuple[bool, int, tuple[Any, ...]]]:
+        for key, bucket in self._buckets.items():
             ask, _ = next(iter(bucket.values()))
             if ask.standby_s is not None or not ask.serves(lane): continue
             number = next((n for n, (each, _) in bucket.items() if each.session_left_s is None or each.session_left_s >= lasts_s), None)
-            if number is not None and (best is None or number < best): best = number
-        if best is None: return False
-        for key, bucket in list(self._buckets.items()):
-            if best in bucket:
-                ask, future = bucket.pop(best)
-                if not bucket: del self._buckets[key]
-                if not future.done(): future.set_result(lane)
-        return True
+            if number is not None: yield not ask.has_warm(model), number, key
 
     def wake_all(self) -> None:
         "Wake everybody: the server is stopping."
@@ -426,33 +487,38 @@ class WorkerSeen:
     id: str
     instance: str | None
     ask: Ask
-    models: tuple[str, ...] = ()
     info: dict[str, Any] = field(default_factory=dict)
     first_ms: int = 0
     seen_ms: int = 0
     waiting: int = 0
     draining: bool = False
+    told: bool = False
+    polls: dict[int, asyncio.Future[str | None]] = field(default_factory=dict)
     jobs: dict[str, int | None] = field(default_factory=dict)
     ears: set[asyncio.Event] = field(default_factory=set)
 
-    def live(self, now_ms: int) -> bool:
-        "Whether it can be expected to ask again: it waits right now, has a job whose lease runs, or was here within 90 s."
-        return bool(self.waiting or now_ms - self.seen_ms < 90_000 or any(until and until > now_ms for until in self.jobs.values()))
+    def live(self, now_ms: int, grace_s: float = 90) -> bool:
+        "Whether it can be expected to ask again: it waits right now, has a job whose lease runs, or was here within `grace_s` seconds."
+        return bool(self.waiting or now_ms - self.seen_ms < grace_s * 1000 or any(until and until > now_ms for until in self.jobs.values()))
+
+    @property
+    def able(self) -> bool: return not self.draining and self.ask.paused is None
 
     def wire(self, now_ms: int) -> dict[str, Any]:
         "What `GET /workers` shows."
         tools = None if self.ask.tools is None else sorted(self.ask.tools)
         return {"id": self.id, "instance": self.instance, "live": self.live(now_ms), "waiting": bool(self.waiting), "tools": tools,
-                "tags": sorted(self.ask.tags), "models": list(self.models), "accelerator": self.info.get("accelerator"),
-                "memory": self.info.get("memory"), "standby": self.ask.standby_s, "jobs": list(self.jobs),
-                "firstSeen": self.first_ms, "seen": self.seen_ms}
+                "tags": sorted(self.ask.tags), "models": sorted(self.ask.models), "disk": self.info.get("disk", []),
+                "accelerator": self.info.get("accelerator"), "memory": self.info.get("memory"), "versions": self.info.get("versions", {}),
+                "draining": self.draining, "paused": self.ask.paused, "standby": self.ask.standby_s, "sessionLeft": self.ask.session_left_s,
+                "jobs": list(self.jobs), "firstSeen": self.first_ms, "seen": self.seen_ms}
 
 # %% ../nbs/05_broker.ipynb #0e05d27f
 class Roster:
     "The workers seen in the last hour, at most a thousand."
     def __init__(self) -> None: self.workers: OrderedDict[str, WorkerSeen] = OrderedDict()
 
-    def meet(self, ask: Ask, now_ms: int, models: Iterable[str] = (), info: Mapping[str, Any] | None = None) -> WorkerSeen:
+    def meet(self, ask: Ask, now_ms: int, info: Mapping[str, Any] | None = None) -> WorkerSeen:
         "Note that a worker is here."
         key = ask.instance or ask.worker
         worker = self.workers.get(key)
@@ -460,7 +526,6 @@ class Roster:
             self._forget(now_ms)
             worker = self.workers[key] = WorkerSeen(ask.worker, ask.instance, ask, first_ms=now_ms)
         worker.ask, worker.seen_ms = ask, now_ms
-        if models: worker.models = tuple(models)
         if info: worker.info.update(info)
         self.workers.move_to_end(key)
         return worker
@@ -473,16 +538,21 @@ class Roster:
         "The worker that has `job`, if it was seen."
         return self.workers.get(job.worker_instance or job.worker_id or "")
 
-    def why_waiting(self, job: Job, now_ms: int) -> str | None:
-        "Why no live worker can take `job`, in a sentence; `None` when one can."
-        live = [w for w in self.workers.values() if w.live(now_ms)]
-        if any(w.ask.serves(job.lane) and not w.draining for w in live): return None
-        if not live: return "No worker is connected."
-        tool, tags = lane_parts(job.lane)
-        able = [w for w in live if w.ask.tools is None or tool in w.ask.tools]
-        if not able: return f"No connected worker has the tool {tool}."
-        if all(w.draining for w in able): return f"Every connected worker with the tool {tool} is about to stop."
-        return f"No connected worker has the tags {', '.join(sorted(tags))}."
+    def why_waiting(self, job: Job, now_ms: int, lasts_s: float = 0) -> str | None:
+        "Why no live worker can take `job`, which is expected to last `lasts_s` seconds, in a sentence; `None` when one can."
+        (tool, tags), left = lane_parts(job.lane), [w for w in self.workers.values() if w.live(now_ms)]
+        if not left: return "No worker is connected."
+        reason = next((w.ask.paused for w in left if w.ask.paused is not None and w.ask.serves(job.lane)), "")
+        for able, why in (
+                (lambda w: w.ask.tools is None or tool in w.ask.tools, f"No connected worker has the tool {tool}."),
+                (lambda w: tags <= w.ask.tags, f"No connected worker has the tags {', '.join(sorted(tags))}."),
+                (lambda w: not w.draining, f"Every connected worker with the tool {tool} is about to stop."),
+                (lambda w: w.ask.paused is None, f"Every connected worker with the tool {tool} has paused itself: {reason}"),
+                (lambda w: (w.ask.session_left_s or 0) >= lasts_s if w.ask.session_left_s is not None else True,
+                 f"The sessions of all connected workers end before a job of {tool} would, which takes about {lasts_s:.0f} s.")):
+            left = [w for w in left if able(w)]
+            if not left: return why
+        return None
 
 # %% ../nbs/05_broker.ipynb #1f446f13
 T = TypeVar("T")
@@ -515,7 +585,7 @@ class Broker:
     def __init__(self, store: Store, policy: Policy = Policy(), clock: Callable[[], float] = time.time,
                  on_end: Callable[[Job], None] | None = None) -> None:
         self.store, self.policy, self.clock, self.on_end = store, policy, clock, on_end
-        self.waiters, self.roster = Waiters(), Roster()
+        self.waiters, self.roster, self.passed = Waiters(), Roster(), Passed()
         self.channels: dict[str, Channel] = {}
         self.boot, self.closing = secrets.token_hex(4), False
         self.stats = dict.fromkeys(("submitted", "leased", "completed", "failed", "canceled", "requeued"), 0)
@@ -583,7 +653,7 @@ class Broker:
 
     def _land(self, outcomes: list[Outcome], changed: list[Job]) -> None:
         for job in changed:
-            if job.ready and self.waiters._buckets: _wake(self, job.lane)
+            if job.ready and self.waiters._buckets: _wake(self, job.lane, job.model)
             if job.grants or job.ended: self._note(job)
         for ticket, result, error in outcomes: ticket.land(result, error)
 
@@ -612,18 +682,24 @@ class Broker:
         self.pace[job.tool] = took if job.tool not in self.pace else 0.8 * self.pace[job.tool] + 0.2 * took
 
 # %% ../nbs/05_broker.ipynb #ff2a5919
-async def lease_within(broker: Broker, ask: Ask, wait_s: float = 0, models: Iterable[str] = (),
-                       info: Mapping[str, Any] | None = None) -> list[Job]:
-    "Grant jobs to `ask`, waiting up to `wait_s` seconds for one. Empty when there was none, or the worker should drain."
-    worker = broker.roster.meet(ask, broker.now_ms(), models, info)
+async def lease_within(broker: Broker, ask: Ask, wait_s: float = 0, info: Mapping[str, Any] | None = None) -> list[Job]:
+    """Grant jobs to `ask`, waiting up to `wait_s` seconds for one. Empty when there was none, the worker should drain, or has paused.
+
+    Parameters
+    ----------
+    info: what to remember of the worker, besides: `accelerator`, `memory`, `disk`, `versions`.
+    """
+    worker = broker.roster.meet(ask, broker.now_ms(), info)
     deadline, owed = broker.clock() + wait_s, set[str]()
     worker.waiting += 1
     try:
-        while not worker.draining:
+        while worker.able:
             wake: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
             number = broker.waiters.add(ask, wake) if wait_s else 0
+            if number: worker.polls[number] = wake
             try:
-                jobs = await broker.acall(lease, ask, _servable(broker, ask), undo=lambda jobs: _give_back(broker, jobs))
+                may = _servable(broker, ask, ahead=not wait_s and bool(worker.jobs))
+                jobs = await broker.acall(lease, ask, may, broker.passed, undo=lambda jobs: _give_back(broker, jobs))
                 owed = owed - {job.lane for job in jobs} if jobs else set()
                 left = deadline - broker.clock()
                 if jobs or left <= 0 or broker.closing:
@@ -633,8 +709,8 @@ async def lease_within(broker: Broker, ask: Ask, wait_s: float = 0, models: Iter
                 await asyncio.wait([wake], timeout=left if ask.standby_s is None else min(left, 1.0))
             finally:
                 if wake.done() and (lane := wake.result()): owed.add(lane)
-                if wait_s: broker.waiters.leave(ask, number)
-        return []
+                if wait_s: broker.waiters.leave(ask, number); worker.polls.pop(number, None)
+        return await _rest(broker, worker, ask, deadline - broker.clock())
     finally:
         worker.waiting -= 1
         worker.seen_ms = broker.now_ms()
@@ -651,18 +727,55 @@ def _ungrant(tx: Tx, at: At, granted: Job) -> None:
     if job is None or job.status != "leased" or job.grants != granted.grants: return
     _hand_back(tx, at, job)
 
-def _wake(broker: Broker, lane: str) -> None:
-    broker.waiters.wake(lane, broker.pace.get(lane_parts(lane)[0], 0))
+def _wake(broker: Broker, lane: str, model: str | None = None) -> None:
+    broker.waiters.wake(lane, broker.pace.get(lane_parts(lane)[0], 0), model)
 
-def _servable(broker: Broker, ask: Ask) -> Callable[[str], bool] | None:
-    "What this worker must leave alone: jobs longer than its session; as a standby, lanes that a regular worker serves."
-    if ask.standby_s is None and ask.session_left_s is None: return None
+
+# %% ../nbs/05_broker.ipynb #6cdac651
+def _servable(broker: Broker, ask: Ask, ahead: bool = False) -> Callable[[str], bool] | None:
+    "What a worker must leave alone: what outlasts its session; as a standby, lanes of regular workers; looking `ahead`, those of idle ones."
+    if ask.standby_s is None and ask.session_left_s is None and not ahead: return None
     now, left = broker.now_ms(), ask.session_left_s if ask.session_left_s is not None else math.inf
-    regulars = [w for w in broker.roster.workers.values() if w.live(now) and w.ask.standby_s is None and not w.draining]
+    grace_s = min(90, max(15, ask.standby_s or 0))  # a worker that doesn't wait asks every few seconds; one that was killed is gone for good
+    regulars = [w for w in broker.roster.workers.values() if w.live(now, grace_s) and w.ask.standby_s is None and w.able]
     def servable(name: str) -> bool:
-        if broker.pace.get(lane_parts(name)[0], 0) > left: return False
+        lasts_s = broker.pace.get(lane_parts(name)[0], 0)
+        if lasts_s > left or (ahead and _idle(broker, name, lasts_s)): return False
         return ask.standby_s is None or not any(w.ask.serves(name) for w in regulars)
     return servable
+
+def _idle(broker: Broker, lane: str, lasts_s: float) -> bool:
+    "Whether somebody waits who would be woken for a job of `lane`, or was woken this very moment."
+    if next(broker.waiters._fit(lane, lasts_s, None), None) is not None: return True
+    woken = (wake for w in broker.roster.workers.values() for wake in w.polls.values() if wake.done() and not wake.cancelled())
+    return any(wake.result() == lane for wake in woken)
+
+# %% ../nbs/05_broker.ipynb #e4f23608
+def drain(broker: Broker, name: str, on: bool = True) -> list[WorkerSeen]:
+    "Ask the workers with that label or instance to finish what they have and take no more; `on` false takes it back. Raises `NotFound`."
+    found = [w for w in broker.roster.workers.values() if name in (w.id, w.instance)]
+    if not found: raise NotFound(f"No worker {name[:100]} was seen in the last hour: GET /workers lists them.", code="worker_not_found")
+    for worker in found:
+        worker.draining, worker.told = on, False
+        for ear in worker.ears: ear.set()
+        for number, wake in list(worker.polls.items()):
+            # Out of the waiting room first: a job must not be announced to one that won't look.
+            broker.waiters.leave(worker.ask, number)
+            if not wake.done(): wake.set_result(None)
+    return found
+
+async def _rest(broker: Broker, worker: WorkerSeen, ask: Ask, left_s: float) -> list[Job]:
+    "What a worker gets that takes nothing: its grants whose answer was lost, else nothing, after the time it would have waited."
+    if jobs := await broker.acall(held, ask): return jobs
+    soon = worker.draining and not worker.told
+    worker.told = worker.draining
+    if soon or left_s <= 0 or broker.closing: return []
+    ear = asyncio.Event()
+    worker.ears.add(ear)
+    try: await asyncio.wait_for(ear.wait(), left_s)
+    except TimeoutError: pass
+    finally: worker.ears.discard(ear)
+    return []
 
 # %% ../nbs/05_broker.ipynb #bdc51ebe
 async def heartbeat(broker: Broker, job_id: str, token: str | None, events: Any = None, info: Mapping[str, Any] | None = None) -> Beat:
@@ -817,10 +930,10 @@ def standing(broker: Broker, job: Job) -> dict[str, Any]:
     if job.status != "queued": return {}
     ahead, now = broker.read(lambda r: r.ahead_of(job)), broker.now_ms()
     out: dict[str, Any] = {"position": ahead + 1}
-    why = broker.roster.why_waiting(job, now)
+    why = broker.roster.why_waiting(job, now, broker.pace.get(job.tool, 0))
     if not job.ready: why = "It waits for its next attempt." if job.attempts else "Its notBefore has not come yet."
     if why: out["waitingFor"] = why
     elif job.tool in broker.pace:
-        able = sum(w.live(now) and w.ask.serves(job.lane) for w in broker.roster.workers.values())
+        able = sum(w.live(now) and w.able and w.ask.serves(job.lane) for w in broker.roster.workers.values())
         out["etaSeconds"] = round((ahead + 1) * broker.pace[job.tool] / max(1, able), 1)
     return out

@@ -356,6 +356,14 @@ def converse(ollama: Ollama, call: str, model: str, body: Mapping[str, Any], ctx
     spout.flush()
     return reply.json()
 
+# %% ../nbs/15_chat.ipynb #f2a3cbc3
+class _Aloud(LocalContext):
+    def __init__(self, on_token: Callable[[str], Any] | None) -> None:
+        super().__init__()
+        self.on_token = on_token
+    def token(self, text: str, kind: str = "") -> None:
+        if self.on_token is not None and not kind: self.on_token(text)
+
 # %% ../nbs/15_chat.ipynb #318f0f90
 class ChatExecutor:
     """Run `ollamaChat` jobs.
@@ -373,6 +381,9 @@ class ChatExecutor:
     def models(self) -> list[str]:
         "The names of the models that are loaded now."
         return self.ollama.models()
+    def on_disk(self) -> list[str]:
+        "The names of the models that need no download. Raises `ExecutionError` when Ollama is away."
+        return [row["model"] for row in self.ollama.rows("/api/tags")]
     def preload(self, model: str | None = None, on_progress: Callable[[str], Any] | None = None) -> None:
         "Pull (if missing) and load `model`; `None`: those of OLLAMA_PRELOAD_MODELS."
         preload(self.ollama, None if model is None else [model], on_progress)
@@ -394,13 +405,6 @@ class ChatExecutor:
     def ask(self, prompt: str | Sequence[Mapping[str, Any]], *, on_token: Callable[[str], Any] | None = None, **payload: Any) -> dict[str, Any]:
         "Ask for a person: a prompt or messages, and more of the payload's fields by name; Ollama's reply."
         return self.run({("prompt" if isinstance(prompt, str) else "messages"): prompt, **payload}, _Aloud(on_token))
-
-class _Aloud(LocalContext):
-    def __init__(self, on_token: Callable[[str], Any] | None) -> None:
-        super().__init__()
-        self.on_token = on_token
-    def token(self, text: str, kind: str = "") -> None:
-        if self.on_token is not None and not kind: self.on_token(text)
 
 # %% ../nbs/15_chat.ipynb #d5fad5e0
 class EmbedExecutor:

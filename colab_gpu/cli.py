@@ -13,15 +13,17 @@ from typing import Any
 from . import __version__
 from .client import Chat, Client, Event, RemoteJob
 from .config import SETTINGS, Settings
-from .gpu import Arbiter, Device, accelerator_info, find_device
+from .gpu import Arbiter, Device, accelerator_info, find_device, installed_versions
 from .errors import ColabGPUError, ConnectionFailed, ExecutionError, InvalidPayload, InvalidSetting
 from .jobs import ImagenRequest
+from .tools import beside, load_tools
 
 # %% auto #0
 __all__ = ['NEEDS_IMAGES', 'NEEDS_CHAT', 'say', 'show', 'Progress', 'job_line', 'show_job', 'follow', 'read_payload',
            'read_json_file', 'cmd_serve', 'cmd_submit', 'cmd_status', 'cmd_cancel', 'cmd_retry', 'cmd_wait', 'cmd_jobs',
-           'cmd_events', 'image_payload', 'cmd_imagine', 'cmd_replay', 'chat_payload', 'cmd_chat', 'canceled_with_us',
-           'executors_here', 'chat_executors', 'preload_chat', 'cmd_worker', 'cmd_demo', 'cmd_settings', 'cmd_doctor',
+           'cmd_events', 'worker_line', 'cmd_workers', 'cmd_drain', 'image_payload', 'cmd_imagine', 'cmd_replay',
+           'chat_payload', 'cmd_chat', 'canceled_with_us', 'executors_here', 'chat_executors', 'preload_chat',
+           'provided', 'signed', 'worker_executors', 'cmd_worker', 'cmd_demo', 'cmd_settings', 'cmd_doctor',
            'build_parser', 'run_command', 'main', 'helper_parser', 'helper_body', 'mcp_gpu_job']
 
 # %% ../nbs/20_cli.ipynb #f8a99289
@@ -133,7 +135,7 @@ def cmd_serve(args: argparse.Namespace) -> int:
 def cmd_submit(args: argparse.Namespace) -> int:
     client = _client(args)
     job = client.submit(args.tool, read_payload(args.payload, args.payload_file, args.pairs), key=args.key, priority=args.priority,
-                        maxAttempts=args.max_attempts, requirements=args.require or None)
+                        maxAttempts=args.max_attempts, requirements=args.require or None, webhook=args.webhook)
     if not args.wait: return show_job(job, args.json)
     return show_job(_or_cancel(client, job, args.timeout), args.json)
 
@@ -164,6 +166,29 @@ def cmd_events(args: argparse.Namespace) -> int:
     for event in _client(args).events(args.id):
         data = json.dumps(event.data, ensure_ascii=False)
         print(json.dumps({"event": event.kind, "data": event.data}, ensure_ascii=False) if args.json else f"{event.kind:9} {data[:300]}", flush=True)
+    return 0
+
+# %% ../nbs/20_cli.ipynb #2a5b39f8
+def worker_line(data: dict[str, Any]) -> str:
+    "A worker on one line."
+    state = ("gone" if not data["live"] else "paused" if data.get("paused") else "draining" if data.get("draining")
+             else "busy" if data["jobs"] else "waiting" if data["waiting"] else "idle")
+    what = ", ".join(data["tools"] or ["any tool"]) + (f"; warm: {', '.join(data['models'])}" if data["models"] else "")
+    why = f": {data['paused']}" if data.get("paused") else ""
+    return f"{data['id']:14} {state:9} {data.get('accelerator') or '-':24} {what}{why}"
+
+def cmd_workers(args: argparse.Namespace) -> int:
+    workers = _client(args).transport.call("GET", "/workers")["workers"]
+    if args.json: show(workers)
+    else: print("\n".join(map(worker_line, workers)) or "no workers")
+    return 0
+
+def cmd_drain(args: argparse.Namespace) -> int:
+    from urllib.parse import quote
+    path = f"/workers/{quote(args.worker, safe='')}/drain"
+    workers = _client(args).transport.call("POST", path, body={"drain": not args.off})["workers"]
+    if args.json: show(workers)
+    else: print("\n".join(map(worker_line, workers)))
     return 0
 
 # %% ../nbs/20_cli.ipynb #90c299a5
@@ -272,15 +297,39 @@ def preload_chat(executors: Sequence[Any], settings: Settings) -> None:
             try: executor.preload()
             except ColabGPUError as e: print(f"[ollama] {e.message}", flush=True)
 
+# %% ../nbs/20_cli.ipynb #e9bac33b
+def provided(settings: Settings, device: Device) -> list[Any]:
+    "The built-in executors that WORKER_PROVIDER means. Raises `InvalidSetting` when it means an image service and there is no address."
+    from colab_gpu.providers import ServiceImages
+    provider, standby = settings["WORKER_PROVIDER"], settings["WORKER_STANDBY_SECONDS"] != ""
+    if provider == "auto": provider = "mcp" if standby and settings["MCP_IMAGEN_URL"] else "local"
+    if provider == "local": return executors_here(settings, device)
+    return [ServiceImages(settings), *chat_executors(settings, Arbiter(device, say=lambda line: print(line, flush=True)))]
+
+def signed(executors: Sequence[Any], settings: Settings) -> list[Any]:
+    "The executors of a standby: their results say who served them."
+    from colab_gpu.providers import ServiceImages, Signed
+    return [executor if isinstance(executor, ServiceImages) else Signed(executor, "local", settings["WORKER_ID"]) for executor in executors]
+
+# %% ../nbs/20_cli.ipynb #6ac866dd
+def worker_executors(settings: Settings, device: Device) -> list[Any]:
+    "What a worker with these settings serves: the tools of WORKER_LOAD, and the built-in ones. Raises `InvalidSetting`."
+    own, wanted = load_tools(settings["WORKER_LOAD"]), settings["WORKER_TOOLS"]
+    only_own = wanted and {*wanted} <= {executor.tool for executor in own}
+    found = [*own] if only_own else beside(provided(settings, device), own, say)
+    return found if settings["WORKER_STANDBY_SECONDS"] == "" else signed(found, settings)
+
 # %% ../nbs/20_cli.ipynb #5c1e77a1
 NEEDS_IMAGES = 'Drawing needs more packages: pip install "colab-gpu[images]"'
 NEEDS_CHAT = 'Chatting needs Ollama (https://ollama.com/download) and a package: pip install "colab-gpu[chat]"'
 
 def cmd_worker(args: argparse.Namespace) -> int:
     from colab_gpu.worker import Worker, run_until_interrupted
-    settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id, WORKER_MAX_BATCH=args.max_batch)
-    device = find_device()
-    worker = Worker(executors_here(settings, device), settings, log=lambda text: print(text, flush=True), info=accelerator_info(device))
+    settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id, WORKER_MAX_BATCH=args.max_batch, WORKER_LOAD=args.load,
+                         WORKER_STANDBY_SECONDS=args.standby, WORKER_PROVIDER=args.provider)
+    device, standby = find_device(), settings["WORKER_STANDBY_SECONDS"]
+    worker = Worker(worker_executors(settings, device), settings, log=lambda text: print(text, flush=True),
+                    standby_s=None if standby == "" else standby, info={**accelerator_info(device), "versions": installed_versions()})
     if not worker.tools: raise ExecutionError(f"This machine has none of the tools. {NEEDS_IMAGES}. {NEEDS_CHAT}")
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what we started ends
     try:
@@ -375,7 +424,13 @@ def _add_running(add: Callable[..., argparse.ArgumentParser]) -> None:
     worker = add("worker", cmd_worker, "Run jobs on this machine")
     worker.add_argument("--once", action="store_true", help="run one job, then stop")
     worker.add_argument("--tools", help="tools to serve, comma list")
+    worker.add_argument("--load", action="append", metavar="FILE_OR_MODULE",
+                        help="serve the tools that it registers with @tool too; may be repeated (WORKER_LOAD)")
     worker.add_argument("--id", help="label shown in job history (WORKER_ID)")
+    worker.add_argument("--standby", metavar="SECONDS",
+                        help="take only what has waited that long with no regular worker for it (WORKER_STANDBY_SECONDS)")
+    worker.add_argument("--provider", choices=("auto", "mcp", "local"),
+                        help="who draws: the image service at MCP_IMAGEN_URL, or this machine (WORKER_PROVIDER)")
     worker.add_argument("--max-batch", type=int, metavar="N", help="most jobs to run in one batch, 1 to 16 (WORKER_MAX_BATCH)")
 
 def _add_jobs(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -388,6 +443,7 @@ def _add_jobs(add: Callable[..., argparse.ArgumentParser]) -> None:
     submit.add_argument("--key", help="idempotency key")
     submit.add_argument("--max-attempts", type=int)
     submit.add_argument("--require", action="append", metavar="TAG", help="a tag the worker must have; may be repeated")
+    submit.add_argument("--webhook", metavar="URL", help="address that the server tells of the end")
     submit.add_argument("--wait", action="store_true", help="wait for the end and print the result")
     submit.add_argument("--timeout", type=_seconds, metavar="S", help="seconds to wait")
     for name, run, text in (("status", cmd_status, "Look a job up"), ("wait", cmd_wait, "Wait for a job to end"),
@@ -402,6 +458,10 @@ def _add_jobs(add: Callable[..., argparse.ArgumentParser]) -> None:
     jobs.add_argument("--tool")
     jobs.add_argument("--limit", type=int, default=20, help="1 to 200")
     jobs.add_argument("--before", metavar="ID", help="older than this job")
+    add("workers", cmd_workers, "List the workers seen lately")
+    drain = add("drain", cmd_drain, "Ask a worker to finish what it has and take no more")
+    drain.add_argument("worker", help="its label or its instance")
+    drain.add_argument("--off", action="store_true", help="let it work again")
 
 def _add_images(add: Callable[..., argparse.ArgumentParser]) -> None:
     imagine = add("imagine", cmd_imagine, "Draw a picture through the queue")

@@ -11,8 +11,8 @@ from typing import Any
 from .errors import InvalidSetting
 
 # %% auto #0
-__all__ = ['SETTINGS', 'number', 'flag', 'words', 'limits', 'choice', 'base_url', 'Setting', 'colab_secrets', 'Settings',
-           'apply_overrides']
+__all__ = ['SETTINGS', 'number', 'flag', 'words', 'limits', 'choice', 'base_url', 'networks', 'signing_secret', 'Setting',
+           'colab_secrets', 'Settings', 'apply_overrides']
 
 # %% ../nbs/01_config.ipynb #61612a66
 def number(low: float, high: float, *, whole: bool = False) -> Callable[[str], Any]:
@@ -60,6 +60,23 @@ def base_url(text: str) -> str:
     if parts.username or parts.password: raise ValueError("must not carry a user name or password")
     return text.strip().rstrip("/")
 
+# %% ../nbs/01_config.ipynb #4e6f3fa4
+def networks(text: str) -> tuple[Any, ...]:
+    "A caster for a comma list of IP networks, such as 10.0.0.0/8 or ::1."
+    from ipaddress import ip_network
+    try: return tuple(ip_network(part) for part in words(text))
+    except ValueError: raise ValueError("must be a comma list of networks such as 10.0.0.0/8 or 127.0.0.1") from None
+
+def signing_secret(text: str) -> str:
+    "A caster for what signs webhooks: 24 characters or more; after `whsec_` they are base64 (Standard Webhooks)."
+    from base64 import b64decode
+    body = text.removeprefix("whsec_")
+    try: fine = len(body) >= 24 and text.isascii() and (body == text or b64decode(body, validate=True))
+    except ValueError: fine = False
+    how = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
+    if not fine: raise ValueError(f"must be 24 characters or more, or `whsec_` and base64: {how}")
+    return text
+
 # %% ../nbs/01_config.ipynb #8039a7fe
 @dataclass(frozen=True)
 class Setting:
@@ -97,6 +114,15 @@ _ROWS += [
     Setting("GPU_LOG_REQUESTS", "0", flag, "Write a line for each request", "server"),
 ]
 
+# %% ../nbs/01_config.ipynb #e0be990a
+_ROWS += [
+    Setting("GPU_WEBHOOK_SECRET", "", signing_secret, "Secret that signs webhooks, 24 characters or more; without one none are sent", "server", True),
+    Setting("GPU_WEBHOOK_NETWORKS", "", networks, "Private networks that webhooks may reach, such as 10.0.0.0/8; blank for none", "server"),
+    Setting("GPU_WEBHOOK_ATTEMPTS", "8", number(1, 100, whole=True), "Attempts to deliver a webhook, within a day of the job's end", "server"),
+    Setting("GPU_WEBHOOK_RETRY_SECONDS", "5", number(0.01, 3600), "First back-off of a webhook, seconds; quadruples up to an hour", "server"),
+    Setting("GPU_WEBHOOK_TIMEOUT_SECONDS", "10", number(0.1, 60), "Time for one attempt, from the name's look-up to the answer, seconds", "server"),
+]
+
 # %% ../nbs/01_config.ipynb #c858a15e
 _ROWS += [
     Setting("GPU_JOB_LEASE_SECONDS", "900", number(1, 86400), "Lease of a worker without heartbeats, seconds", "broker"),
@@ -121,6 +147,17 @@ _ROWS += [
     Setting("WORKER_SESSION_SECONDS", "0", number(0, 10_000_000),
             "How long this machine is ours, from the worker's start, seconds; 0: no end known", "worker"),
     Setting("COLAB_GPU_OUTBOX", "", str, "Folder of results to send; blank: a mounted Google Drive, else the data folder; `none`: memory", "worker"),
+    Setting("WORKER_LOAD", "", words, "Files or modules with tools of your own (`@tool`), comma list", "worker"),
+    Setting("WORKER_STANDBY_SECONDS", "", number(0, 86_400), "Take only what has waited that long with no regular worker; blank: all", "worker"),
+    Setting("WORKER_PROVIDER", "auto", choice("auto", "mcp", "local"),
+            "Who draws: `mcp`, the image service, or `local`, this machine; auto: the service for a standby that has one", "worker"),
+]
+
+# %% ../nbs/01_config.ipynb #f050a30e
+_ROWS += [
+    Setting("MCP_IMAGEN_URL", "", base_url, "Image service: an MCP endpoint, or an address that ends in /generate", "providers"),
+    Setting("MCP_IMAGEN_SECONDS", "300", number(1, 86_400), "Longest wait for a picture from the image service, seconds", "providers"),
+    Setting("MCP_IMAGEN_MAX_BYTES", str(64 << 20), number(1024, 1 << 30, whole=True), "Largest answer of the image service, bytes", "providers"),
 ]
 
 # %% ../nbs/01_config.ipynb #6cd0c1f5

@@ -19,8 +19,8 @@ from .gpu import Device, find_device, gib
 
 # %% auto #0
 __all__ = ['DRAWING', 'LEAST_BYTES', 'MODEL_BYTES', 'Finding', 'looked', 'look_at_accelerator', 'look_at_images', 'look_at_chat',
-           'nearest', 'look_at_data', 'model_cache', 'look_at_cache', 'look_at_server', 'try_token', 'examine',
-           'wrong_settings', 'missing_tokens']
+           'look_at_service', 'nearest', 'look_at_data', 'model_cache', 'look_at_cache', 'look_at_server', 'try_token',
+           'examine', 'wrong_settings', 'missing_tokens']
 
 # %% ../nbs/19a_doctor.ipynb #427b3ebc
 class Finding(NamedTuple):
@@ -73,6 +73,11 @@ def look_at_chat(settings: Settings, needed: bool = False) -> Finding:
     if found := ollama_version(daemon.url): return Finding("chat", "ok", f"Ollama {found} at {daemon.url}, package {package}")
     if why := daemon.obstacle(): return Finding("chat", lacks, why)
     return Finding("chat", "ok", f"no Ollama runs at {daemon.url}; a worker starts one when a job needs it; package {package}")
+
+def look_at_service(settings: Settings) -> Finding:
+    "The image service that a standby asks, where one is set."
+    from colab_gpu.providers import ServiceImages
+    return Finding("image service", "ok", f"{ServiceImages(settings).addresses[0].host} is asked by a standby (colab-gpu worker --standby 20)")
 
 # %% ../nbs/19a_doctor.ipynb #295bb3bf
 LEAST_BYTES, MODEL_BYTES = 1 << 30, 10 << 30
@@ -141,6 +146,7 @@ def examine(settings: Settings, device: Device | None = None) -> list[Finding]:
     except ColabGPUError: pass  # it is among the findings already
     rows.append(looked("images", lambda: look_at_images(device, "imagenGenerate" in tools)))
     rows.append(looked("chat", lambda: look_at_chat(settings, "ollama" in tools)))
+    if settings.source("MCP_IMAGEN_URL")[0]: rows.append(looked("image service", lambda: look_at_service(settings)))
     rows.append(looked("data folder", lambda: look_at_data(Path(settings["COLAB_GPU_DATA"]))))
     rows += [look_at_cache(model_cache()), *missing_tokens(settings)]
     try: rows += look_at_server(settings)

@@ -5,15 +5,15 @@
 # %% ../nbs/13_gpu.ipynb #8570dd5f
 from __future__ import annotations
 import shutil, subprocess, sys, threading, time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 from .errors import OutOfMemory
 
 # %% auto #0
-__all__ = ['Device', 'SimulatedDevice', 'Cpu', 'ask_nvidia_smi', 'Cuda', 'find_device', 'accelerator_info', 'Holder', 'held',
-           'gib', 'Arbiter', 'take', 'following', 'give_back', 'make_room', 'others', 'send_away', 'wait_for',
-           'lacking', 'clear']
+__all__ = ['Device', 'SimulatedDevice', 'Cpu', 'ask_nvidia_smi', 'Cuda', 'find_device', 'accelerator_info', 'installed_versions',
+           'Holder', 'held', 'gib', 'Arbiter', 'take', 'following', 'give_back', 'make_room', 'others', 'send_away',
+           'wait_for', 'lacking', 'clear']
 
 # %% ../nbs/13_gpu.ipynb #eedd3fa8
 class Device(Protocol):
@@ -78,6 +78,16 @@ def accelerator_info(device: Device) -> dict[str, Any]:
     "What a worker tells of its `device`: `accelerator`, and `memory` where it has some of its own."
     total = device.total_bytes()
     return {"accelerator": device.name} if total is None else {"accelerator": device.name, "memory": f"{total / 2**30:.1f} GiB"}
+
+# %% ../nbs/13_gpu.ipynb #854ba160
+def installed_versions(names: Sequence[str] = ("torch", "diffusers", "transformers", "ollama")) -> str:
+    "The versions of those packages that are installed, without importing any: `torch=2.13.0,diffusers=0.42.1`."
+    from importlib.metadata import PackageNotFoundError, version
+    found = []
+    for name in names:
+        try: found.append(f"{name}={version(name)}")
+        except PackageNotFoundError: pass
+    return ",".join(found)
 
 # %% ../nbs/13_gpu.ipynb #2176a3b1
 class Holder(Protocol):

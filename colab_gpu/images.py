@@ -12,7 +12,7 @@ from .config import Settings
 from .errors import ColabGPUError, ExecutionError, InvalidSetting, OutOfMemory
 from .gpu import Arbiter, Cpu
 from .jobs import ImagenRequest, LocalContext, RunContext
-from .models import KNOWN, ModelSource, caller_model, find_model, image_defaults, known_model, owner_model
+from .models import KNOWN, ModelSource, caller_model, find_model, image_defaults, known_model, models_on_disk, owner_model
 from .painting import (Commission, Drawing, LoadedModel, dtype_name, most_at_once, open_pictures, paint, using_clip_skip,
                                 using_loras, using_scheduler)
 from .pictures import FORMATS, drawable_size, open_picture
@@ -198,6 +198,7 @@ class ImageExecutor:
 
     def __repr__(self) -> str: return f"ImageExecutor({self.model_id}, loaded: {', '.join(self.models()) or 'nothing'})"
     def models(self) -> list[str]: "The names of the models that are loaded now, the most recent last."; return self.shelf.names()
+    def on_disk(self) -> list[str]: "The names of the models that need no download."; return models_on_disk()
     def held_bytes(self) -> int: "What the loaded models take of the device's memory."; return self.shelf.size()
     def batch_size(self) -> int: "The most jobs that one call takes well, 1…16, as far as was measured."; return batch_size(self)
     def leave(self, need_bytes: int) -> None:

@@ -13,10 +13,10 @@ from .schedulers import SCHEDULERS, find_scheduler
 
 # %% auto #0
 __all__ = ['STATUSES', 'ENDED', 'MOVES', 'PRIORITIES', 'MAX_IMAGE_BYTES', 'TOOLS', 'move', 'new_id', 'Job', 'lane', 'lane_parts',
-           'job_dict', 'public_artifact', 'job_json', 'read_number', 'read_text', 'ImagenDefaults', 'Lora',
-           'ImagenRequest', 'refuse_unknown', 'read_loras', 'read_image', 'read_fields', 'ChatRequest', 'EmbedRequest',
-           'JobSpec', 'digest', 'image_submission', 'batch_key', 'RunContext', 'Executor', 'BatchExecutor',
-           'LocalContext']
+           'job_dict', 'public_artifact', 'job_json', 'webhook_status', 'read_number', 'read_text', 'ImagenDefaults',
+           'Lora', 'ImagenRequest', 'refuse_unknown', 'read_loras', 'read_image', 'read_fields', 'ChatRequest',
+           'EmbedRequest', 'read_webhook', 'JobSpec', 'digest', 'image_submission', 'batch_key', 'RunContext',
+           'Executor', 'BatchExecutor', 'LocalContext']
 
 # %% ../nbs/02_jobs.ipynb #75826349
 STATUSES = ("queued", "leased", "completed", "failed", "canceled")
@@ -86,6 +86,10 @@ class Job:
     retry_of: str | None = None
     idempotency_key: str | None = None
     body_digest: str | None = None
+    model: str | None = None
+    webhook: str | None = field(default=None, repr=False)
+    webhook_due_ms: int | None = None
+    webhook_status: dict[str, Any] | None = None
     seq: int = 0
 
     @property
@@ -127,6 +131,7 @@ def job_dict(job: Job, *, with_payload: bool = True) -> dict[str, Any]:
     if job.not_before_ms is not None: out["notBefore"] = job.not_before_ms
     if job.requirements: out["requirements"] = list(job.requirements)
     if job.retry_of: out["retryOf"] = job.retry_of
+    if job.webhook: out["webhookStatus"] = webhook_status(job)
     if job.artifacts and job.ended: out["artifacts"] = [public_artifact(job.id, a) for a in job.artifacts]
     return out
 
@@ -143,11 +148,23 @@ _string = json.encoder.encode_basestring  # JSON string literal of one str
 def job_json(job: Job) -> str:
     "`job_dict` as JSON text; the plain new job, the commonest answer, is written without building the dict."
     if (job.status != "queued" or job.attempts or job.cancel_requested or job.not_before_ms is not None
-            or job.requirements or job.retry_of or job.detail):
+            or job.requirements or job.retry_of or job.detail or job.webhook):
         return _dumps(job_dict(job))
     return (f'{{"id":"{job.id}","tool":{_string(job.tool)},"payload":{job.payload_json},"priority":"{job.priority}",'
             f'"status":"queued","enqueuedAt":{job.enqueued_ms},"startedAt":null,"completedAt":null,"workerId":null,'
             f'"attempts":0,"maxAttempts":{job.max_attempts}}}')
+
+# %% ../nbs/02_jobs.ipynb #7f105491
+def webhook_status(job: Job) -> dict[str, Any]:
+    """How a job's webhook stands: `waiting` for the end, `pending` (to be sent, perhaps again), `delivered`, or `failed` for good.
+
+    `lastStatus` is the HTTP status of the last attempt, `None` when there was no answer. Times are ms since the epoch.
+    """
+    scheme, _, rest = (job.webhook or "").partition("://")
+    known = {"attempts": 0, "lastStatus": None, "deliveredAt": None, **(job.webhook_status or {})}
+    state = ("delivered" if known["deliveredAt"] else "pending" if job.webhook_due_ms is not None else "failed" if job.ended else "waiting")
+    if state == "pending": known["nextAttemptAt"] = job.webhook_due_ms
+    return {"to": f"{scheme}://{re.split('[/?#]', rest)[0]}", "state": state, **known}
 
 # %% ../nbs/02_jobs.ipynb #4ff6f3ec
 def read_number(body: Mapping[str, Any], name: str, default: Any, *, low: float | None = None, high: float | None = None,
@@ -510,6 +527,24 @@ class EmbedRequest:
 TOOLS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "imagenGenerate": ImagenRequest.parse, "ollamaChat": ChatRequest.parse, "ollamaEmbed": EmbedRequest.parse}
 
+# %% ../nbs/02_jobs.ipynb #75e32fdd
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9.])?|\[[0-9A-Fa-f:.]+\]")
+
+def read_webhook(body: Mapping[str, Any], name: str = "webhook") -> str | None:
+    "The http or https address in `body[name]`; `None` when absent or blank. Raises `InvalidPayload`."
+    url = read_text(body, name, most=2000)
+    if not url: return None
+    from urllib.parse import urlsplit
+    refusal = InvalidPayload(f"`{name}` must be an http or https address in plain ASCII, such as https://example.org/done.", field=name)
+    if not all("!" <= c <= "~" for c in url) or "\\" in url: raise refusal
+    try: parts = urlsplit(url); port = parts.port
+    except ValueError: raise refusal from None
+    if "@" in parts.netloc:
+        raise InvalidPayload(f"`{name}` must not carry a user name or password: its headers are signed instead.", field=name)
+    host = parts.netloc.rpartition(":")[0] if parts.netloc.rpartition(":")[2].isdigit() else parts.netloc
+    if parts.scheme not in ("http", "https") or not _HOST.fullmatch(host) or port == 0: raise refusal
+    return url.partition("#")[0]
+
 # %% ../nbs/02_jobs.ipynb #1a82d96f
 _COMMON = {"tool", "payload", "priority"}
 
@@ -525,6 +560,8 @@ class JobSpec:
     not_before_ms: int | None = None
     requirements: tuple[str, ...] = ()
     retry_of: str | None = None
+    model: str | None = None
+    webhook: str | None = field(default=None, repr=False)
 
     @classmethod
     def parse(cls, body: Any) -> JobSpec:
@@ -548,13 +585,13 @@ class JobSpec:
         if priority is None or priority == "": priority = "normal"
         if not isinstance(priority, str) or priority not in PRIORITIES:
             raise InvalidPayload(f"`priority` must be high, normal or low, not {_shown(priority)}.", field="priority")
-        return cls(tool, payload_json, priority, **({} if body.keys() <= _COMMON else _extras(body)))
+        model = payload.get("model")
+        return cls(tool, payload_json, priority, model=model if isinstance(model, str) and 0 < len(model) <= 500 else None,
+                   **({} if body.keys() <= _COMMON else _extras(body)))
 
 # %% ../nbs/02_jobs.ipynb #d3e89f7e
 def _extras(body: Mapping[str, Any]) -> dict[str, Any]:
     "The fields of a submission that few send."
-    if body.get("webhook") is not None:
-        raise InvalidPayload("`webhook` is not served by this server; wait with GET /gpu-jobs/ID?wait=50 instead.", field="webhook")
     tags = body.get("requirements")
     if tags is None: tags = []
     if not isinstance(tags, list) or len(tags) > 16 or not all(isinstance(t, str) and t and len(t) <= 64 and t.isprintable()
@@ -564,7 +601,7 @@ def _extras(body: Mapping[str, Any]) -> dict[str, Any]:
             "queue_timeout_s": read_number(body, "queueTimeoutSeconds", None, low=0.001, high=31_536_000),
             "run_timeout_s": read_number(body, "runTimeoutSeconds", None, low=0.001, high=31_536_000),
             "not_before_ms": read_number(body, "notBefore", None, low=0, high=1 << 53, whole=True),
-            "requirements": tuple(sorted(set(tags)))}
+            "requirements": tuple(sorted(set(tags))), "webhook": read_webhook(body)}
 
 # %% ../nbs/02_jobs.ipynb #b79ecd0e
 def digest(value: Any) -> str:

@@ -4,7 +4,7 @@
 
 # %% ../nbs/13b_models.ipynb #d4f1bf38
 from __future__ import annotations
-import importlib.resources, re
+import importlib.resources, os, re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,8 @@ from .errors import InvalidInput
 from .jobs import ImagenDefaults
 
 # %% auto #0
-__all__ = ['RENAMED', 'HUB_ID', 'KNOWN', 'FAMILIES', 'ModelSource', 'find_model', 'owner_model', 'caller_model', 'KnownModel',
-           'known_model', 'image_defaults']
+__all__ = ['RENAMED', 'HUB_ID', 'KNOWN', 'FAMILIES', 'ModelSource', 'find_model', 'owner_model', 'caller_model', 'models_on_disk',
+           'KnownModel', 'known_model', 'image_defaults']
 
 # %% ../nbs/13b_models.ipynb #ca34080d
 RENAMED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
@@ -57,6 +57,14 @@ def caller_model(asked: str | None, own: str) -> ModelSource:
     if foreign and (not HUB_ID.fullmatch(str(asked)) or Path(str(asked)).exists()):
         raise InvalidInput(f"`model` must be a Hub id, demo, or this worker's own model, not {str(asked)[:100]!r}.", field="model")
     return owner_model(asked, own)
+
+# %% ../nbs/13b_models.ipynb #c8fa6254
+def models_on_disk(hub: str | Path | None = None) -> list[str]:
+    "The image models on this disk: `demo`, and those whole in the cache of the Hugging Face `hub` (`None`: where HF_HUB_CACHE or HF_HOME puts it)."
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cache = Path(hub or os.environ.get("HF_HUB_CACHE") or home / "hub")
+    found = {path.parts[-4][len("models--"):].replace("--", "/") for path in cache.glob("models--*/snapshots/*/model_index.json")}
+    return ["demo", *sorted(found)]
 
 # %% ../nbs/13b_models.ipynb #969afd92
 @dataclass(frozen=True)

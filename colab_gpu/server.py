@@ -22,15 +22,16 @@ from .httpd import (HTTPServer, Later, Limits, Request, Response, Route, Router,
 from .jobs import (STATUSES, Job, JobSpec, digest, image_submission, job_dict, job_json, public_artifact, read_number,
                             read_text)
 from .store import SQLiteStore, Store
+from .webhooks import Webhooks, check_webhook, webhook_policy
 
 log = logging.getLogger("colab_gpu.server")
 
 # %% auto #0
 __all__ = ['log', 'is_loopback', 'host_of', 'Doors', 'bearer', 'same', 'from_browser', 'query_number', 'query_words', 'label',
-           'read_ask', 'App', 'policy_of', 'Submitted', 'add_caller_routes', 'submit_image', 'image_lines', 'last_line',
-           'line', 'result_with_picture', 'listed', 'sse', 'add_worker_routes', 'lease_dict', 'worker_body', 'token_of',
-           'receive', 'finish', 'detail_of', 'flag_of', 'add_operator_routes', 'prometheus', 'describe',
-           'archive_forever', 'archive_some', 'run_app', 'QueueServer', 'serve']
+           'read_ask', 'plain', 'read_info', 'App', 'policy_of', 'Submitted', 'add_caller_routes', 'submit_image',
+           'image_lines', 'last_line', 'line', 'result_with_picture', 'listed', 'sse', 'add_worker_routes',
+           'lease_dict', 'worker_body', 'token_of', 'receive', 'finish', 'detail_of', 'flag_of', 'add_operator_routes',
+           'prometheus', 'describe', 'archive_forever', 'archive_some', 'run_app', 'QueueServer', 'serve']
 
 # %% ../nbs/08_server.ipynb #6cf60b69
 _PROXY_MARKS = ("x-forwarded-for", "forwarded", "cf-connecting-ip", "x-forwarded-host", "x-real-ip", "via", "ngrok-trace-id")
@@ -154,7 +155,25 @@ def read_ask(request: Request) -> Ask:
                most=query_number(request, "max", 1, 1, 16, whole=True),
                request=label(request.headers.get("lease-request-id"), "Lease-Request-Id", None),
                standby_s=query_number(request, "standby", None, 0, 86_400),
-               session_left_s=query_number(request, "sessionLeft", None, 0, 31_536_000))
+               session_left_s=query_number(request, "sessionLeft", None, 0, 31_536_000), models=query_words(request, "models") or frozenset(),
+               paused=plain(request.query.get("paused", ""), 300) or None)
+
+def plain(text: str, most: int) -> str:
+    "Text of at most `most` characters that can be shown on a terminal: what isn't printable becomes a blank."
+    return "".join(c if c.isprintable() else " " for c in text[:most]).strip()
+
+
+# %% ../nbs/08_server.ipynb #b05aef62
+def read_info(request: Request) -> dict[str, Any]:
+    "What a worker tells of its machine: accelerator, memory, models on disk, versions. Raises `InvalidPayload`."
+    info: dict[str, Any] = {k: label(request.query[k], k, None) for k in ("accelerator", "memory") if k in request.query}
+    # A disk may hold hundreds of models: the first hundred are shown, the rest is no reason to refuse work.
+    if "disk" in request.query: info["disk"] = sorted({name for w in request.query["disk"].split(",") if (name := plain(w, 200))})[:100]
+    pairs = [pair.partition("=") for pair in sorted(query_words(request, "versions") or ())]
+    if len(pairs) > 30 or any(not (name and equals and number) or len(name + number) > 100 for name, equals, number in pairs):
+        raise InvalidPayload("`versions` must be a comma list of at most 30 pairs, such as torch=2.13.0,diffusers=0.42.1.", field="versions")
+    if pairs: info["versions"] = {name: number for name, _, number in pairs}
+    return info
 
 # %% ../nbs/08_server.ipynb #01fb9663
 class App:
@@ -174,12 +193,17 @@ class App:
                                  field="COLAB_GPU_DATABASE")
         data = Path(self.settings["COLAB_GPU_DATA"])
         self.archive, self.doors = Archive(data), Doors(self.settings)
-        self.broker = Broker(store or SQLiteStore(data / "queue.db"), policy_of(self.settings), clock, on_end=lambda job: self.ended.set())
+        self.broker = Broker(store or SQLiteStore(data / "queue.db"), policy_of(self.settings), clock, on_end=self.on_end)
+        self.webhooks = Webhooks(self.broker, webhook_policy(self.settings))
         self.history, self.ended = History(self.archive), asyncio.Event()
         self.body_bytes, self.artifact_bytes = self.settings["GPU_MAX_BODY_BYTES"], self.settings["GPU_MAX_ARTIFACT_BYTES"]
         self.log_requests, self.answers = self.settings["GPU_LOG_REQUESTS"], {}  # type: ignore[var-annotated]
         self.router = Router()
         for add in (add_caller_routes, add_worker_routes, add_operator_routes): add(self)
+
+    def on_end(self, job: Job) -> None:
+        self.ended.set()
+        if job.webhook_due_ms is not None: self.webhooks.news.set()
 
     def route(self, method: str, pattern: str, door: str, summary: str, **options: Any) -> Callable[[Any], Any]:
         "A decorator: serve a handler at `pattern`. Further `options` go into the API's description."
@@ -227,7 +251,9 @@ def _submitting(app: App) -> None:
     broker = app.broker
 
     @app.route("POST", "/gpu-jobs", "caller", "Submit a job",
-               body={"tool": "name of a tool", "payload": "its input", "priority": "high, normal or low"})
+               body={"tool": "name of a tool", "payload": "its input", "priority": "high, normal or low", "maxAttempts": "1 to 100",
+                     "queueTimeoutSeconds": "how long it may wait", "runTimeoutSeconds": "how long one run may take, whatever its worker says",
+                     "notBefore": "ms since the epoch", "requirements": "tags a worker must have", "webhook": "address that is told of the end"})
     def post_job(request: Request) -> Any:
         data = request.body.at_once() if request.head.length < 65_536 else None
         if data is None: return post_large(request)
@@ -239,6 +265,7 @@ def _submitting(app: App) -> None:
 
     def submitted(request: Request, body: Any) -> Submitted:
         spec, key = JobSpec.parse(body), label(request.headers.get("idempotency-key"), "Idempotency-Key", None)
+        if spec.webhook: check_webhook(app.webhooks.policy, spec.webhook)
         ticket = Submitted()
         broker.post(ticket, rules.submit, spec, key, digest(body) if key else None)
         broker.stats["submitted"] += 1
@@ -381,6 +408,14 @@ def _following(app: App) -> None:
         now = broker.now_ms()
         return json_response({"workers": [w.wire(now) for w in reversed(broker.roster.workers.values())]})
 
+    @app.route("POST", "/workers/{id}/drain", "caller", "Ask a worker, by label or instance, to finish what it has and take no more",
+               body={"drain": "false takes it back"})
+    async def drain_worker(request: Request) -> Response:
+        body = await request.json(app.body_bytes, need_type=from_browser(request)) or {}
+        if not isinstance(body, dict): raise RequestError('The body must be a JSON object such as {"drain": true}, or empty.')
+        found = rules.drain(broker, request.params["id"], flag_of(body, "drain") is not False)
+        return json_response({"workers": [w.wire(broker.now_ms()) for w in found]})
+
 async def sse(broker: Broker, job_id: str, after: str | None) -> AsyncIterator[bytes]:
     "A job's events in the format of server-sent events (WHATWG HTML, section 9.2)."
     async for event_id, kind, data in watch(broker, job_id, after):
@@ -400,11 +435,14 @@ def _leasing(app: App) -> None:
 
     @app.route("GET", "/gpu-jobs/next", "worker", "Lease the next job", waits=True,
                query={"worker": "label", "wait": "seconds, 0 to 55", "tools": "comma list", "tags": "comma list", "models": "comma list",
-                      "max": "1 to 16", "standby": "seconds", "sessionLeft": "seconds"})
+                      "max": "1 to 16", "standby": "seconds", "sessionLeft": "seconds", "disk": "models on disk, comma list",
+                      "versions": "such as torch=2.13.0,diffusers=0.42.1", "accelerator": "its name", "memory": "its size",
+                      "paused": "why the worker takes nothing just now", "drain": "1: tell me in the answer when I should drain"})
     async def next_job(request: Request) -> Response:
         ask, wait = read_ask(request), query_number(request, "wait", 0, 0, 55)
-        info: dict[str, Any] = {k: label(request.query[k], k, None) for k in ("accelerator", "memory") if k in request.query}
-        jobs = await lease_within(broker, ask, wait, sorted(query_words(request, "models") or ()), info)
+        jobs = await lease_within(broker, ask, wait, read_info(request))
+        if not jobs and request.query.get("drain") == "1" and broker.roster.meet(ask, broker.now_ms()).draining:
+            return json_response({"drain": True, "jobs": []})
         if not jobs: return Response(status=204)
         grants = [{"job": job_dict(job), **({"lease": lease_dict(job, watchers_of(broker, job.id))} if ask.fenced else {})} for job in jobs]
         return json_response({**grants[0], "jobs": grants} if "max" in request.query else grants[0])
@@ -417,6 +455,8 @@ def _leasing(app: App) -> None:
         return json_response({"leaseSeconds": answer.lease_s, "cancelRequested": answer.cancel_requested, "drain": answer.drain,
                               "watchers": answer.watchers})
 
+
+# %% ../nbs/08_server.ipynb #ad30f3b0
 def lease_dict(job: Job, watchers: int = 0) -> dict[str, Any]:
     "A lease on the wire, and how many follow the job already. Three heartbeats fit into it."
     return {"token": job.lease_token, "seconds": job.lease_s, "heartbeatSeconds": round((job.lease_s or 0) / 3, 3), "watchers": watchers}
@@ -552,6 +592,9 @@ def prometheus(app: App) -> str:
     out += ["# TYPE colab_gpu_jobs_pending gauge", f"colab_gpu_jobs_pending {broker.read(lambda r: r.pending())}"]
     out += ["# TYPE colab_gpu_workers gauge", f"colab_gpu_workers {sum(w.live(now) for w in broker.roster.workers.values())}",
             "# TYPE colab_gpu_workers_waiting gauge", f"colab_gpu_workers_waiting {len(broker.waiters)}"]
+    out += ["# TYPE colab_gpu_webhooks_total counter"]
+    out += [f'colab_gpu_webhooks_total{{event="{name}"}} {count}' for name, count in app.webhooks.stats.items()]
+    out += ["# TYPE colab_gpu_webhooks_pending gauge", f"colab_gpu_webhooks_pending {broker.read(lambda r: r.webhooks_pending())}"]
     out += ["# TYPE colab_gpu_http_requests_total counter", "# TYPE colab_gpu_http_seconds_total counter"]
     for (method, route, status), (count, seconds) in sorted(app.answers.items()):
         tags = f'method="{method if len(method) < 8 else "other"}",route="{route}",status="{status}"'
@@ -618,7 +661,7 @@ async def run_app(app: App, ready: Callable[[HTTPServer], None], stop: asyncio.E
         except OSError as e:
             raise InvalidSetting(f"The server cannot listen on {server.host}:{server.port}: {e.strerror or e}. "
                                  "Choose another --port (0 takes a free one).", field="COLAB_GPU_PORT") from None
-        tasks = [asyncio.create_task(reap_forever(broker)), asyncio.create_task(archive_forever(app))]
+        tasks = [asyncio.create_task(each) for each in (reap_forever(broker), archive_forever(app), app.webhooks.run_forever())]
         ready(server)
         await stop.wait()
         broker.close_waiting()

@@ -9,17 +9,24 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from .errors import ColabGPUError, InvalidSetting, Unavailable
 from .jobs import ENDED, PRIORITIES, STATUSES, Job
 
 log = logging.getLogger("colab_gpu.store")
 
 # %% auto #0
-__all__ = ['log', 'SCHEMA', 'SCHEMA_VERSION', 'Op', 'Outcome', 'Deliver', 'Batch', 'MAX_BATCH', 'Reader', 'Tx', 'Ticket', 'Store',
-           'land_all', 'hand_over', 'MemoryStore', 'SQLiteTx', 'FolderLock', 'SQLiteStore']
+__all__ = ['log', 'SCHEMA', 'SCHEMA_VERSION', 'UPGRADES', 'Op', 'Outcome', 'Deliver', 'Batch', 'MAX_BATCH', 'Place', 'Reader',
+           'Tx', 'Ticket', 'Store', 'land_all', 'hand_over', 'MemoryStore', 'SQLiteTx', 'FolderLock', 'SQLiteStore']
 
 # %% ../nbs/03_store.ipynb #853ae5b6
+class Place(NamedTuple):
+    "Where a ready job stands in its lane, and which model it names."
+    rank: int
+    seq: int
+    id: str
+    model: str | None
+
 class Reader(Protocol):
     "Questions about the stored jobs. Times are ms since the epoch."
     def get(self, job_id: str) -> Job | None: "The job, or `None`."
@@ -29,6 +36,9 @@ class Reader(Protocol):
     def listing(self, status: str | None, tool: str | None, limit: int, before: str | None) -> list[Job]: "Newest first, older than the job `before`."
     def ahead_of(self, job: Job, most: int = 10_000) -> int: "Ready jobs that go before `job`, counted up to `most`."
     def next_due_ms(self) -> int | None: "When the next lease ends, held job is due or queue time-out strikes."
+    def webhooks_due(self, now_ms: int, limit: int) -> list[tuple[str, str]]: "Ids and addresses of the webhooks to be sent by now, in order."
+    def next_webhook_ms(self, now_ms: int) -> int | None: "When the first webhook after `now_ms` is due."
+    def webhooks_pending(self) -> int: "Webhooks of ended jobs that are still to be delivered."
 
 class Tx(Reader, Protocol):
     "A transaction. A job that is changed must have been read, or inserted, through the same transaction."
@@ -38,6 +48,8 @@ class Tx(Reader, Protocol):
     def by_key(self, key: str) -> Job | None: "The job submitted under that idempotency key."
     def by_lease_request(self, request: str) -> list[Job]: "The jobs granted to that lease request."
     def heads(self, lane: str, limit: int = 1) -> list[Job]: "The first ready jobs of a lane: by priority, then age."
+    def line(self, lane: str, limit: int) -> list[Place]: "The same jobs as `heads`, as places: without their payloads, which may be large."
+    def note_webhook(self, job: Job) -> None: "Store only `job.webhook_due_ms` and `job.webhook_status`, of a job that has ended."
     def expired(self, now_ms: int, limit: int) -> list[Job]: "Leased jobs whose lease has run out."
     def due(self, now_ms: int, limit: int) -> list[Job]: "Held jobs that may become ready."
     def overdue(self, now_ms: int, limit: int) -> list[Job]: "Queued jobs whose queue time-out has passed."
@@ -138,6 +150,16 @@ class _MemoryTx:
     def by_lease_request(self, request: str) -> list[Job]: return self._where(lambda j: j.lease_request == request and j.status == "leased")
     def heads(self, lane: str, limit: int = 1) -> list[Job]:
         return sorted(self._where(lambda j: j.status == "queued" and j.ready and j.lane == lane), key=lambda j: (j.rank, j.seq))[:limit]
+    def line(self, lane: str, limit: int) -> list[Place]: return [Place(j.rank, j.seq, j.id, j.model) for j in self.heads(lane, limit)]
+    def note_webhook(self, job: Job) -> None:
+        self.written[job.id] = copy.copy(self.written.get(job.id) or self._jobs[job.id])
+        self.written[job.id].webhook_due_ms, self.written[job.id].webhook_status = job.webhook_due_ms, copy.copy(job.webhook_status)
+    def _webhooks(self) -> list[Job]: return sorted(self._where(lambda j: j.webhook_due_ms is not None), key=lambda j: (j.webhook_due_ms, j.seq))
+    def webhooks_due(self, now_ms: int, limit: int) -> list[tuple[str, str]]:
+        return [(j.id, j.webhook or "") for j in self._webhooks() if (j.webhook_due_ms or 0) <= now_ms][:limit]
+    def next_webhook_ms(self, now_ms: int) -> int | None:
+        return next((j.webhook_due_ms for j in self._webhooks() if (j.webhook_due_ms or 0) > now_ms), None)
+    def webhooks_pending(self) -> int: return len(self._webhooks())
     def lanes(self) -> dict[str, int]:
         return dict(Counter(j.lane for j in self._where(lambda j: j.status == "queued" and j.ready)))
     def pending(self) -> int: return len(self._where(lambda j: j.status == "queued"))
@@ -175,7 +197,8 @@ CREATE TABLE jobs (
     not_before_ms INTEGER, queue_deadline_ms INTEGER, run_timeout_s REAL, run_deadline_ms INTEGER, requirements TEXT,
     grants INTEGER NOT NULL DEFAULT 0, lease_token TEXT, lease_until_ms INTEGER, lease_s REAL, lease_request TEXT,
     worker_instance TEXT, cancel_requested INTEGER NOT NULL DEFAULT 0, artifacts TEXT, error_kind TEXT, detail TEXT,
-    result_digest TEXT, retry_of TEXT, idempotency_key TEXT, body_digest TEXT, archived INTEGER NOT NULL DEFAULT 0);
+    result_digest TEXT, retry_of TEXT, idempotency_key TEXT, body_digest TEXT, archived INTEGER NOT NULL DEFAULT 0,
+    model TEXT, webhook TEXT, webhook_due_ms INTEGER, webhook_status TEXT);
 CREATE TABLE bodies (seq INTEGER PRIMARY KEY, payload TEXT NOT NULL, result TEXT);
 CREATE UNIQUE INDEX jobs_id ON jobs (id);
 CREATE INDEX jobs_tool ON jobs (tool, seq);
@@ -188,30 +211,45 @@ CREATE INDEX jobs_leases ON jobs (lease_until_ms) WHERE status = 'leased';
 CREATE INDEX jobs_requests ON jobs (lease_request) WHERE lease_request IS NOT NULL;
 CREATE UNIQUE INDEX jobs_keys ON jobs (idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX jobs_unarchived ON jobs (seq) WHERE archived = 0 AND ended_ms IS NOT NULL;
+CREATE INDEX jobs_webhooks ON jobs (webhook_due_ms) WHERE webhook_due_ms IS NOT NULL;
 """
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+# %% ../nbs/03_store.ipynb #d3761191
+UPGRADES = {1: """
+ALTER TABLE jobs ADD COLUMN model TEXT;
+ALTER TABLE jobs ADD COLUMN webhook TEXT;
+ALTER TABLE jobs ADD COLUMN webhook_due_ms INTEGER;
+ALTER TABLE jobs ADD COLUMN webhook_status TEXT;
+CREATE INDEX jobs_webhooks ON jobs (webhook_due_ms) WHERE webhook_due_ms IS NOT NULL;
+UPDATE jobs SET model = (SELECT json_extract(payload, '$.model') FROM bodies WHERE bodies.seq = jobs.seq AND json_type(payload, '$.model') = 'text')
+    WHERE ready = 1;
+"""}
 
 # %% ../nbs/03_store.ipynb #cef67c0b
 _MUTABLE = ("status", "ready", "started_ms", "ended_ms", "worker_id", "attempts", "not_before_ms", "run_deadline_ms", "grants", "lease_token",
             "lease_until_ms", "lease_s", "lease_request", "worker_instance", "cancel_requested", "artifacts", "error_kind", "detail",
-            "result_digest")
+            "result_digest", "webhook_due_ms", "webhook_status")
 _JOB_FIELDS = tuple(Job.__dataclass_fields__)
 _FROM = {"payload_json": "b.payload", "result_json": "b.result", "priority": "j.rank"}
 _SELECT = ("SELECT " + ", ".join(_FROM.get(name, "j." + name) for name in _JOB_FIELDS) + " FROM jobs j JOIN bodies b ON b.seq = j.seq ")
 _AT = {name: i for i, name in enumerate(_JOB_FIELDS)}
 _PRIORITY_OF = {rank: name for name, rank in PRIORITIES.items()}
-_I_PRIORITY, _I_READY, _I_CANCEL, _I_TAGS, _I_ARTIFACTS = (_AT[n] for n in ("priority", "ready", "cancel_requested", "requirements", "artifacts"))
+_I_PRIORITY, _I_READY, _I_CANCEL, _I_TAGS, _I_ARTIFACTS, _I_WEBHOOK = (
+    _AT[n] for n in ("priority", "ready", "cancel_requested", "requirements", "artifacts", "webhook_status"))
 
 def _to_job(row: tuple[Any, ...]) -> Job:
     job = Job(*row)
     job.priority, job.ready, job.cancel_requested = _PRIORITY_OF[row[_I_PRIORITY]], bool(row[_I_READY]), bool(row[_I_CANCEL])
     job.requirements = tuple(json.loads(row[_I_TAGS])) if row[_I_TAGS] else ()
     job.artifacts = tuple(json.loads(row[_I_ARTIFACTS])) if row[_I_ARTIFACTS] else ()
+    if row[_I_WEBHOOK]: job.webhook_status = json.loads(row[_I_WEBHOOK])
     return job
 
 # %% ../nbs/03_store.ipynb #395cf5ab
-_PLAIN = ("seq", "id", "tool", "lane", "rank", "enqueued_ms", "max_attempts")
-_WIDE = (*_PLAIN, "ready", "not_before_ms", "queue_deadline_ms", "run_timeout_s", "requirements", "retry_of", "idempotency_key", "body_digest")
+_PLAIN = ("seq", "id", "tool", "lane", "rank", "enqueued_ms", "max_attempts", "model")
+_WIDE = (*_PLAIN, "ready", "not_before_ms", "queue_deadline_ms", "run_timeout_s", "requirements", "retry_of", "idempotency_key", "body_digest",
+         "webhook")
 
 def _insert_sql(table: str, columns: tuple[str, ...], rows: int) -> str:
     one = "(" + ",".join("?" * len(columns)) + ")"
@@ -256,6 +294,15 @@ class _SQLiteReader:
 
     def next_due_ms(self) -> int | None:
         return min((t for t in self.db.execute(_NEXT_DUE).fetchone() if t is not None), default=None)
+
+    def webhooks_due(self, now_ms: int, limit: int) -> list[tuple[str, str]]:
+        return self.db.execute("SELECT id, webhook FROM jobs WHERE webhook_due_ms IS NOT NULL AND webhook_due_ms <= ? "
+                               "ORDER BY webhook_due_ms, seq LIMIT ?", (now_ms, limit)).fetchall()
+    def next_webhook_ms(self, now_ms: int) -> int | None:
+        sql = "SELECT min(webhook_due_ms) FROM jobs WHERE webhook_due_ms IS NOT NULL AND webhook_due_ms > ?"
+        return self.db.execute(sql, (now_ms,)).fetchone()[0]  # type: ignore[no-any-return]
+    def webhooks_pending(self) -> int:
+        return int(self.db.execute("SELECT count(*) FROM jobs WHERE webhook_due_ms IS NOT NULL").fetchone()[0])
 
 # Spelt out, because a partial index is found only by its very words.
 _BY_STATUS = {status: f"j.status = '{status}'" for status in STATUSES} | {"queued": "(j.ready = 1 OR (j.ready = 0 AND j.status = 'queued'))"}
@@ -305,12 +352,12 @@ class _Inserts(_SQLiteReader):
         plain = []
         for job in new:
             if job.ready and not job.requirements and job.idempotency_key is None and job.queue_deadline_ms is None \
-                    and job.run_timeout_s is None and job.retry_of is None and job.not_before_ms is None: plain.append(job)
+                    and job.run_timeout_s is None and job.retry_of is None and job.not_before_ms is None and job.webhook is None: plain.append(job)
             else:
-                self.db.execute(_INSERT_WIDE, (job.seq, job.id, job.tool, job.lane, job.rank, job.enqueued_ms, job.max_attempts, job.ready,
+                self.db.execute(_INSERT_WIDE, (job.seq, job.id, job.tool, job.lane, job.rank, job.enqueued_ms, job.max_attempts, job.model, job.ready,
                                                job.not_before_ms, job.queue_deadline_ms, job.run_timeout_s, _json_or_none(job.requirements),
-                                               job.retry_of, job.idempotency_key, job.body_digest))
-        self._many("jobs", [(j.seq, j.id, j.tool, j.lane, j.rank, j.enqueued_ms, j.max_attempts) for j in plain])
+                                               job.retry_of, job.idempotency_key, job.body_digest, job.webhook))
+        self._many("jobs", [(j.seq, j.id, j.tool, j.lane, j.rank, j.enqueued_ms, j.max_attempts, j.model) for j in plain])
         self._many("bodies", [(job.seq, job.payload_json) for job in new])
 
     def _many(self, table: str, rows: list[tuple[Any, ...]]) -> None:
@@ -321,7 +368,7 @@ class _Inserts(_SQLiteReader):
                 at += size
 
 # %% ../nbs/03_store.ipynb #33e76bde
-def _json_or_none(value: tuple[Any, ...]) -> str | None: return json.dumps(value) if value else None
+def _json_or_none(value: Any) -> str | None: return json.dumps(value) if value else None
 
 class _Updates(_Inserts):
     def _jobs(self, where: str, *args: Any) -> list[Job]:
@@ -337,7 +384,7 @@ class _Updates(_Inserts):
         queued = job.status == "queued"
         job.ready = ready = job.ready and queued
         values = [getattr(job, name) for name in _MUTABLE]
-        values[_I_UPDATE_ARTIFACTS] = _json_or_none(job.artifacts)
+        values[_I_UPDATE_ARTIFACTS], values[_I_UPDATE_WEBHOOK] = _json_or_none(job.artifacts), _json_or_none(job.webhook_status)
         self.db.execute(_UPDATE, (*values, job.seq))
         if job.ended: self.db.execute("UPDATE bodies SET result = ? WHERE seq = ?", (job.result_json, job.seq))
         self.counts_.change(job.lane, queued - was_queued, ready - was_ready)
@@ -349,10 +396,15 @@ class _Updates(_Inserts):
         self.db.execute("UPDATE jobs SET lease_until_ms = ? WHERE seq = ?", (job.lease_until_ms, job.seq))
         self.writes += 1
 
+    def note_webhook(self, job: Job) -> None:
+        values = (job.webhook_due_ms, _json_or_none(job.webhook_status), job.seq)
+        self.db.execute("UPDATE jobs SET webhook_due_ms = ?, webhook_status = ? WHERE seq = ?", values)
+        self.writes += 1
+
     def lanes(self) -> Mapping[str, int]: return self.counts_.lanes
     def pending(self) -> int: return self.counts_.queued
 
-_I_UPDATE_ARTIFACTS = _MUTABLE.index("artifacts")
+_I_UPDATE_ARTIFACTS, _I_UPDATE_WEBHOOK = _MUTABLE.index("artifacts"), _MUTABLE.index("webhook_status")
 
 # %% ../nbs/03_store.ipynb #596fab99
 class SQLiteTx(_Updates):
@@ -362,6 +414,10 @@ class SQLiteTx(_Updates):
         return self._jobs("WHERE j.lease_request = ? AND j.status = 'leased' ORDER BY j.rank, j.seq", request)
     def heads(self, lane: str, limit: int = 1) -> list[Job]:
         return self._jobs("WHERE j.ready = 1 AND j.lane = ? ORDER BY j.rank, j.seq LIMIT ?", lane, limit)
+    def line(self, lane: str, limit: int) -> list[Place]:
+        if self._new: self.flush()
+        sql = "SELECT rank, seq, id, model FROM jobs WHERE ready = 1 AND lane = ? ORDER BY rank, seq LIMIT ?"
+        return [Place(*row) for row in self.db.execute(sql, (lane, limit))]
     def expired(self, now_ms: int, limit: int) -> list[Job]:
         return self._jobs("WHERE j.status = 'leased' AND j.lease_until_ms <= ? ORDER BY j.lease_until_ms LIMIT ?", now_ms, limit)
     def due(self, now_ms: int, limit: int) -> list[Job]:
@@ -399,26 +455,27 @@ def _open_database(path: Path) -> sqlite3.Connection:
     "A connection to the job store at `path`, whose tables are made if it is new. Raises `InvalidSetting`, `sqlite3.Error`."
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
     try:
-        new = _is_new(db, path)
+        version = _version(db, path)
         # FULL: a commit returns after its bytes were synced. WAL: readers never wait, and a log that stays at 4 MB is soon
         # overwritten instead of growing: syncing a file that does not grow takes a third of the time (measured on ext4).
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=1000", "busy_timeout=5000", "cache_size=-16000"):
             db.execute(f"PRAGMA {pragma}")
-        if new: db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        steps = [SCHEMA] if version is None else [UPGRADES[n] for n in range(version, SCHEMA_VERSION)]
+        if steps: db.executescript(f"BEGIN IMMEDIATE; {' '.join(steps)} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
     except BaseException:
         db.close()
         raise
     return db
 
-def _is_new(db: sqlite3.Connection, path: Path) -> bool:
-    "Whether the database is empty; false for one of ours. Raises `InvalidSetting` for any other."
+def _version(db: sqlite3.Connection, path: Path) -> int | None:
+    "The version of a database of ours, `None` for an empty one. Raises `InvalidSetting` for any other."
     version, names = db.execute("PRAGMA user_version").fetchone()[0], {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
-    if not names and version == 0: return True
+    if not names and version == 0: return None
     if not version or not {"jobs", "bodies", "jobs_ready"} <= names:
         raise InvalidSetting(f"{path} is a database of another program: give another --data folder.", field="COLAB_GPU_DATA")
     if version > SCHEMA_VERSION:
         raise InvalidSetting(f"{path} was written by a newer colab-gpu: upgrade this one.", field="COLAB_GPU_DATA")
-    return False
+    return int(version)
 
 # %% ../nbs/03_store.ipynb #2f02c387
 Op = Callable[[Tx], Any]

@@ -25,12 +25,12 @@ from .runs import Grant, Run, data_url, failure, proper, scrub
 
 # %% auto #0
 __all__ = ['REST_S', 'LONGEST_REST_S', 'ENDING_S', 'LAST_S', 'T', 'Ear', 'hear', 'standing', 'Behind', 'Streak', 'watch_session',
-           'Turn', 'Worker', 'choose', 'ask', 'takes', 'identity', 'introduction', 'accelerator', 'loaded', 'trouble',
-           'pause_after', 'unheard', 'perform', 'begin', 'attempt', 'outcome', 'plain', 'insist', 'upload', 'deliver',
-           'inline_picture', 'report', 'ended', 'waits', 'lost', 'hand_back', 'hand_back_all', 'take_on', 'put_down',
-           'serve', 'abandon', 'parts', 'call', 'kin', 'carry_out', 'report_all', 'conclude', 'side_by_side',
-           'remaining_s', 'Ahead', 'resend', 'advance', 'rest', 'repeat', 'put_back', 'wind_up', 'close', 'stop',
-           'start_worker', 'stop_worker', 'run_until_interrupted']
+           'Turn', 'Worker', 'choose', 'ask', 'takes', 'identity', 'introduction', 'accelerator', 'loaded', 'on_disk',
+           'trouble', 'pause_after', 'unheard', 'perform', 'begin', 'attempt', 'outcome', 'plain', 'insist', 'upload',
+           'deliver', 'inline_picture', 'report', 'ended', 'waits', 'lost', 'hand_back', 'hand_back_all', 'take_on',
+           'put_down', 'serve', 'abandon', 'parts', 'call', 'kin', 'carry_out', 'report_all', 'conclude',
+           'side_by_side', 'remaining_s', 'Ahead', 'resend', 'advance', 'rest', 'tell_paused', 'repeat', 'put_back',
+           'wind_up', 'close', 'stop', 'start_worker', 'stop_worker', 'run_until_interrupted']
 
 # %% ../nbs/16_worker.ipynb #c0dc63c6
 class Ear:
@@ -226,6 +226,7 @@ class Worker:
         self.quick_s = QUICK_S if self.metered else 0.2
         self.pace, self.streak = dict[Any, float](), Streak()
         self.called_at, self.looked_at = 0.0, -math.inf
+        self.disk, self.paused = ("", -math.inf), ""
         self.pulse, self.ear, self.behind = Pulse(clock, tick=lambda: watch_session(self)), Ear(self), Behind(self)
         self.guard = Guard(self.asking.base, settings["STACK_WORKER_TOKEN"]) if settings["WORKER_GUARD"] else None
         self.outbox = Outbox(outbox_folder(settings["COLAB_GPU_OUTBOX"], settings["COLAB_GPU_DATA"]), self.asking.base, self.log)
@@ -316,10 +317,15 @@ def ask(worker: Worker, most: int | None = None, wait_s: float | None = None) ->
     try:
         answer = worker.asking.call("GET", "/gpu-jobs/next", params=introduction(worker, wait_s, most), read_s=wait_s + 15,
                                     headers=identity(worker))
-        grants = [] if answer is None else Grant.read_all(answer)
+        drained = isinstance(answer, dict) and answer.get("drain") is True and not answer.get("job")
+        grants = [] if answer is None or drained else Grant.read_all(answer)
     except ColabGPUError as e: return trouble(worker, e)
     if worker.state == "offline": worker.log("[worker] The server answers again.")
     worker.question, worker.failures, worker.last_error, worker.state = None, 0, "", "running" if worker.call else "waiting"
+    if drained:
+        worker.log("[worker] The server asks this worker to stop.")
+        worker.drain()
+        return Turn("stopped")
     if grants: return grants
     early = worker.clock() - began < worker.wait_s / 2 or not worker.wait_s
     return Turn("idle", pause_s=worker.poll_s if early else 0)
@@ -341,6 +347,7 @@ def introduction(worker: Worker, wait_s: float | None = None, most: int | None =
     info = {name: str(value)[:100] for name, value in accelerator(worker).items() if value is not None}
     query = {"worker": worker.id, "wait": f"{worker.wait_s if wait_s is None else wait_s:g}", "tools": ",".join(worker.executors),
              "tags": ",".join(worker.tags), "models": ",".join(models), "accelerator": info.get("accelerator"), "memory": info.get("memory"),
+             "versions": info.get("versions"), "disk": on_disk(worker), "paused": worker.paused[:300], "drain": 1,
              "standby": worker.standby_s, "max": min(most or 16, worker.max_batch, max(batches)) if batches else None,
              "sessionLeft": None if worker.session_end is None else max(0, round(worker.session_end - worker.clock()))}
     return {name: value for name, value in query.items() if value not in (None, "")}
@@ -356,6 +363,17 @@ def loaded(executor: Executor) -> Iterable[str]:
     models = getattr(executor, "models", ())
     try: return tuple(models() if callable(models) else models)
     except ColabGPUError: return ()  # Ollama may be down just now; that is no reason not to ask for work
+
+def on_disk(worker: Worker, every_s: float = 60) -> str:
+    "The names of the models that need no download, as a comma list; looked up now and then, not for each question."
+    told, at = worker.disk
+    if worker.clock() - at < every_s: return told
+    names: dict[str, None] = {}
+    for executor in worker.executors.values():
+        try: names |= dict.fromkeys(getattr(executor, "on_disk", tuple)())
+        except ColabGPUError: pass  # Ollama may be down just now
+    worker.disk = ",".join(names)[:2000].rpartition(",")[0] if len(",".join(names)) > 2000 else ",".join(names), worker.clock()
+    return worker.disk[0]
 
 # %% ../nbs/16_worker.ipynb #428f1313
 def trouble(worker: Worker, e: ColabGPUError) -> Turn:
@@ -744,7 +762,15 @@ def rest(worker: Worker) -> None:
                f"Resting for {rest_s:g} s, then trying one.")
     worker.state = "resting"
     put_back(worker)
+    tell_paused(worker, why)
     worker.pause(rest_s, worker.draining)
+    worker.paused = ""
+
+def tell_paused(worker: Worker, why: str) -> None:
+    "Let the server know why this worker takes nothing just now."
+    worker.paused = scrub(why, worker.secrets)
+    granted = ask(worker, wait_s=0)
+    if isinstance(granted, list): hand_back_all(worker, granted)  # a server that doesn't know the word
 
 # %% ../nbs/16_worker.ipynb #51edd332
 def repeat(worker: Worker, once: bool = False) -> Turn:

@@ -29,7 +29,7 @@ class Process:
     """A child process whose lines are collected, and waited for."""
 
     def __init__(self, command, env):
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("GPU_", "STACK_", "WORKER_", "IMAGEN_", "COLAB_GPU_", "OLLAMA_", "START_OLLAMA"))}
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("GPU_", "STACK_", "WORKER_", "IMAGEN_", "COLAB_GPU_", "OLLAMA_", "START_OLLAMA", "MCP_"))}
         self.popen = subprocess.Popen(command, cwd=ROOT, env={**clean, "PYTHONUNBUFFERED": "1", **env}, text=True, stdout=subprocess.PIPE,
                                       stderr=subprocess.STDOUT)
         self.lines, self._news = [], threading.Condition()

@@ -946,16 +946,37 @@ def test_a_standby_takes_what_waited_only_where_no_regular_worker_is(store):
         assert await lease_within(broker, spare) == []
         regular = replace(Ask("regular"), tools=frozenset({"errand"}))
         broker.roster.meet(regular, broker.now_ms())
-        clock.now += 20
-        assert await lease_within(broker, spare) == [], "the regular worker was here half a minute ago"
+        clock.now += 19.9
+        assert await lease_within(broker, spare) == [], "the regular worker was here just now"
         broker.roster.workers["regular"].draining = True
         [job] = await lease_within(broker, spare)
         assert job.tool == "errand"
         await broker.acall(rules.release, job.id, job.lease_token)
         broker.roster.workers["regular"].draining = False
-        clock.now += 89
-        broker.roster.workers["regular"].seen_ms = broker.now_ms() - 90_000
-        assert len(await lease_within(broker, spare)) == 1
+        assert await lease_within(broker, spare) == []
+        clock.now += 0.2
+        assert len(await lease_within(broker, spare)) == 1, "it was not here for as long as a standby waits"
+
+    live(store, main, clock)
+
+
+def test_how_long_a_regular_worker_is_waited_for(store):
+    clock = Clock()
+
+    async def main(broker):
+        await broker.acall(rules.submit, JobSpec("errand"))
+        clock.now += 1000
+        broker.roster.meet(Ask("regular"), broker.now_ms())
+        clock.now += 14.9
+        assert await lease_within(broker, Ask("hasty", standby_s=0)) == [], "one that asks every five seconds counts, however hasty the standby"
+        clock.now += 0.2
+        assert await lease_within(broker, Ask("patient", standby_s=20)) == []
+        clock.now += 74.8
+        assert await lease_within(broker, Ask("very patient", standby_s=900)) == []
+        clock.now += 0.2
+        assert len(await lease_within(broker, Ask("very patient", standby_s=900))) == 1
+
+    live(store, main, clock)
 
     live(store, main, clock)
 

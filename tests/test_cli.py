@@ -170,3 +170,24 @@ def test_demo_and_imagine_draw(cli, processes, tmp_path):
     assert Image.open(tmp_path / "x.png").tobytes() == demo.tobytes(), "one seed, one picture"
     assert worker.popen.wait(60) == 0
     assert TOKEN not in "".join(line or "" for line in worker.lines)
+
+
+def test_workers_and_drain(cli):
+    import http.client
+
+    assert cli("workers") == (0, "no workers\n", "")
+    connection = http.client.HTTPConnection("127.0.0.1", cli.server.port)
+    connection.request("GET", "/gpu-jobs/next?worker=the+attic&tools=errand&models=flux", headers={"Authorization": f"Bearer {TOKEN}", "X-Protocol": "1"})
+    assert connection.getresponse().status == 204
+    code, out, _ = cli("workers")
+    assert code == 0 and out.split() == ["the", "attic", "idle", "-", "errand;", "warm:", "flux"]
+    code, out, _ = cli("drain", "the attic")
+    assert code == 0 and "draining" in out and json.loads(cli("workers", "--json")[1])[0]["draining"] is True
+    assert json.loads(cli("drain", "the attic", "--off", "--json")[1])[0]["draining"] is False
+    code, _, err = cli("drain", "nobody")
+    assert code == 1 and "No worker nobody was seen" in err
+
+
+def test_a_webhook_from_the_command_line(cli):
+    code, _, err = cli("submit", "errand", "--webhook", "https://example.org/done")
+    assert code == 2 and "GPU_WEBHOOK_SECRET" in err

@@ -48,7 +48,7 @@ def test_doors(tmp_path):
                      ("PUT", "/gpu-jobs/x/artifacts/a.txt")]
     caller_routes = [("POST", "/gpu-jobs"), ("GET", "/gpu-jobs"), ("GET", "/gpu-jobs/x"), ("POST", "/gpu-jobs/x/cancel"), ("DELETE", "/gpu-jobs/x"),
                      ("POST", "/gpu-jobs/x/retry"), ("GET", "/gpu-jobs/x/events"), ("GET", "/gpu-jobs/x/artifacts/a"), ("GET", "/workers"),
-                     ("GET", "/metrics"), ("POST", "/generate-image-queued"), ("POST", "/generate-image-stream")]
+                     ("POST", "/workers/x/drain"), ("GET", "/metrics"), ("POST", "/generate-image-queued"), ("POST", "/generate-image-stream")]
     with start(tmp_path / "a", GPU_CLIENT_TOKEN=CALLER) as server:
         for method, path in worker_routes:
             codes = [ask(server, method, path, {}, token)[1]["error"] for token in (None, "wrong", CALLER)]
@@ -222,12 +222,12 @@ def test_openapi_names_every_route(server):
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda x: st.lists(x, max_size=3) | st.dictionaries(
     st.text(max_size=5), x, max_size=3), max_leaves=6)
 FIELDS = st.sampled_from(["tool", "payload", "priority", "maxAttempts", "queueTimeoutSeconds", "runTimeoutSeconds", "notBefore", "requirements", "webhook",
-                          "leaseToken", "status", "result", "detail", "kind", "retryable", "artifacts", "events", "prompt", "width", "seed", "image_base64"])
+                          "leaseToken", "drain", "status", "result", "detail", "kind", "retryable", "artifacts", "events", "prompt", "width", "seed", "image_base64"])
 SENSIBLE = st.sampled_from(["imagenGenerate", "ollamaChat", "errand", "completed", "error", "high", "data:image/png;base64,aGk=", {"prompt": "x"}, [], ["a"],
-                            {"image_base64": "data:image/png;base64,!"}, 1, -1, 10**30, 1e308, [{"seq": 1, "type": "progress"}], "transient"])
+                            {"image_base64": "data:image/png;base64,!"}, 1, -1, 10**30, 1e308, [{"seq": 1, "type": "progress"}], "transient", "http://10.0.0.1/", "https://example.org"])
 BODIES = JSON | st.dictionaries(FIELDS, JSON | SENSIBLE, max_size=5)
 QUERIES = st.dictionaries(st.sampled_from(["wait", "inline", "limit", "before", "status", "tool", "worker", "tools", "tags", "max", "standby", "sessionLeft",
-                                           "models"]), st.sampled_from(["0", "-1", "nan", "x", "", "1e9", "%00", "%ff", "é", "1,2,,", "a" * 300, "leased"]), max_size=3)
+                                           "models", "disk", "versions", "paused", "drain"]), st.sampled_from(["0", "-1", "nan", "x", "", "1e9", "%00", "%ff", "é", "1,2,,", "a" * 300, "leased"]), max_size=3)
 
 
 def test_nothing_makes_a_500(tmp_path):

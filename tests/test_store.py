@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from colab_gpu.errors import InvalidSetting, RequestError, Unavailable
 from colab_gpu.jobs import ENDED, Job, new_id
-from colab_gpu.store import SCHEMA_VERSION, MemoryStore, SQLiteStore, Ticket
+from colab_gpu.store import SCHEMA, SCHEMA_VERSION, MemoryStore, SQLiteStore, Ticket
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG_S = 30  # only how long a broken store may hang before its test says so
@@ -104,7 +104,7 @@ def known(store):
 
 def test_a_job_comes_back_as_it_was(store):
     job = a_job(1, priority="low", requirements=("a", "b"), not_before_ms=9, ready=False, queue_deadline_ms=10, run_timeout_s=1.5, retry_of="old",
-                idempotency_key="k", body_digest="d", max_attempts=7)
+                idempotency_key="k", body_digest="d", max_attempts=7, model="m", webhook="http://h/?ü")
     put(store, job)
     assert store.read(lambda r: r.get(job.id)) == job
     assert store.run(lambda tx: tx.by_key("k")) == job and store.run(lambda tx: tx.by_key("no")) is None
@@ -113,7 +113,8 @@ def test_a_job_comes_back_as_it_was(store):
                      lease_until_ms=50, lease_s=1.5, lease_request="r", run_deadline_ms=60, cancel_requested=True,
                      artifacts=({"name": "x", "bytes": 3},), error_kind="oom", detail="full — ü \0 \U0001f600")
     assert store.read(lambda r: r.get(job.id)) == changed
-    ended = change(store, job.id, status="completed", result_json='{"x": "ü\\u0000"}', ended_ms=9, lease_until_ms=None, result_digest="x")
+    ended = change(store, job.id, status="completed", result_json='{"x": "ü\\u0000"}', ended_ms=9, lease_until_ms=None, result_digest="x",
+                   webhook_due_ms=9, webhook_status={"attempts": 1, "lastError": "ü"})
     assert store.read(lambda r: r.get(job.id)) == ended and ended.result == {"x": "ü\0"}
 
 
@@ -399,7 +400,7 @@ def test_many_threads_post_and_read(store):
 
 # ---- both tell the same story, whatever is done
 
-VERBS = ["insert", "hold", "lease", "end", "cancel", "requeue", "put off", "due", "extend", "insert and change", "insert, change, fail", "change, fail", "archive"]
+VERBS = ["insert", "hold", "lease", "end", "cancel", "requeue", "put off", "due", "extend", "insert and change", "insert, change, fail", "change, fail", "archive", "note webhook"]
 STEPS = st.lists(st.lists(st.tuples(st.sampled_from(VERBS), st.integers(0, 11)), min_size=1, max_size=3), max_size=25)
 
 
@@ -461,7 +462,8 @@ def inner_story(tx, ids, now):
             "late": [some(ask(when, 99)) for ask in (tx.expired, tx.due, tx.overdue) for when in (0, 5, now, 105)],
             "bounded": [len(ask(105, 2)) for ask in (tx.expired, tx.due, tx.overdue)], "unarchived": [j.id for j in tx.unarchived(50)],
             "keys": [job and job.id for job in (tx.by_key(f"k{n}") for n in range(4))], "requests": [some(tx.by_lease_request(f"r{n}")) for n in range(3)],
-            "got": [tx.get(i) for i in ids[:12]]}
+            "got": [tx.get(i) for i in ids[:12]], "lines": [tx.line(lane, n) for lane in ("draw", "chat big") for n in (1, 9)],
+            "webhooks": [(tx.webhooks_due(when, most), tx.next_webhook_ms(when)) for when in (0, 5, now, 105) for most in (2, 99)] + [tx.webhooks_pending()]}
 
 
 def several(tx, ids, now, verbs):
@@ -480,7 +482,10 @@ def step(tx, ids, now, verb, n):
     if verb == "extend":
         job.lease_until_ms = 50 + now
         return tx.extend(job) if job.status == "leased" else None
-    if job.ended:
+    if verb == "note webhook" and job.webhook_due_ms is not None:
+        job.webhook_due_ms, job.webhook_status, job.detail = (None if n % 2 else now + n), {"attempts": n}, "not stored"
+        return tx.note_webhook(job)
+    if job.ended or verb == "note webhook":
         return "ended"
     status = {"lease": "leased", "change, fail": "leased", "end": ("completed", "failed")[n % 2], "cancel": "canceled"}.get(verb, "queued")
     job.status, job.ready = status, verb != "put off"
@@ -488,6 +493,7 @@ def step(tx, ids, now, verb, n):
     job.lease_until_ms, job.lease_request = (100 + n, f"r{n % 3}") if status == "leased" else (None, job.lease_request)
     job.ended_ms, job.result_json = (now, '{"n": 1}') if status in ENDED else (None, None)
     job.artifacts = ({"name": f"a{n}"},) if n % 4 == 0 else ()
+    job.webhook_due_ms = now if status in ENDED and job.webhook else None
     tx.update(job)
     if verb == "change, fail":
         raise Failed
@@ -498,7 +504,7 @@ def insert(tx, job_id, now, verb, n):
     key = f"k{n % 4}" if n % 3 == 0 and tx.by_key(f"k{n % 4}") is None else None
     job = Job(job_id, ("draw", "chat")[n % 2], "{}", ("high", "normal", "low")[n % 3], enqueued_ms=now, ready=verb != "hold",
               not_before_ms=n if verb == "hold" else None, queue_deadline_ms=now + n if n % 5 == 0 else None,
-              requirements=("big",) if n % 4 == 2 else (), idempotency_key=key)
+              requirements=("big",) if n % 4 == 2 else (), idempotency_key=key, model=(None, "m")[n % 2], webhook="http://h" if n % 3 == 1 else None)
     tx.insert(job)
     if "change" in verb:
         job.status, job.lease_until_ms, job.detail = ("queued", "leased")[n % 2], 5 if n % 2 else None, "changed"
@@ -740,6 +746,59 @@ def test_a_file_that_cannot_be_used_gets_one_sentence_and_is_left_alone(tmp_path
             SQLiteStore(path)
         assert caught.value.field == "COLAB_GPU_DATA" and "\n" not in str(caught.value) and str(path.parent) in str(caught.value)
         assert (path.read_bytes() if path.is_file() else None) == before
+
+
+FIRST_SCHEMA = """
+CREATE TABLE jobs (
+    seq INTEGER PRIMARY KEY, id TEXT NOT NULL, tool TEXT NOT NULL, lane TEXT NOT NULL, rank INTEGER NOT NULL,
+    status TEXT NOT NULL DEFAULT 'queued', ready INTEGER NOT NULL DEFAULT 1, enqueued_ms INTEGER NOT NULL,
+    started_ms INTEGER, ended_ms INTEGER, worker_id TEXT, attempts INTEGER NOT NULL DEFAULT 0, max_attempts INTEGER NOT NULL,
+    not_before_ms INTEGER, queue_deadline_ms INTEGER, run_timeout_s REAL, run_deadline_ms INTEGER, requirements TEXT,
+    grants INTEGER NOT NULL DEFAULT 0, lease_token TEXT, lease_until_ms INTEGER, lease_s REAL, lease_request TEXT,
+    worker_instance TEXT, cancel_requested INTEGER NOT NULL DEFAULT 0, artifacts TEXT, error_kind TEXT, detail TEXT,
+    result_digest TEXT, retry_of TEXT, idempotency_key TEXT, body_digest TEXT, archived INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE bodies (seq INTEGER PRIMARY KEY, payload TEXT NOT NULL, result TEXT);
+CREATE UNIQUE INDEX jobs_id ON jobs (id);
+CREATE INDEX jobs_tool ON jobs (tool, seq);
+CREATE INDEX jobs_failed ON jobs (seq) WHERE status = 'failed';
+CREATE INDEX jobs_canceled ON jobs (seq) WHERE status = 'canceled';
+CREATE INDEX jobs_ready ON jobs (lane, rank, seq) WHERE ready = 1;
+CREATE INDEX jobs_held ON jobs (not_before_ms) WHERE ready = 0 AND status = 'queued';
+CREATE INDEX jobs_overdue ON jobs (queue_deadline_ms) WHERE queue_deadline_ms IS NOT NULL AND status = 'queued';
+CREATE INDEX jobs_leases ON jobs (lease_until_ms) WHERE status = 'leased';
+CREATE INDEX jobs_requests ON jobs (lease_request) WHERE lease_request IS NOT NULL;
+CREATE UNIQUE INDEX jobs_keys ON jobs (idempotency_key) WHERE idempotency_key IS NOT NULL;
+CREATE INDEX jobs_unarchived ON jobs (seq) WHERE archived = 0 AND ended_ms IS NOT NULL;
+"""
+
+
+def test_a_file_of_the_first_version_is_brought_up_to_date(tmp_path):
+    path = tmp_path / "queue.db"
+    db = sqlite3.connect(path)
+    db.executescript(f"{FIRST_SCHEMA} PRAGMA user_version = 1;")
+    payloads = ['{"model": "llama3"}', '{"prompt": "x"}', '{"model": 7}', '{"model": "ended"}']
+    for n, payload in enumerate(payloads, 1):
+        db.execute("INSERT INTO jobs (seq, id, tool, lane, rank, enqueued_ms, max_attempts, status, ready) VALUES (?, ?, 'errand', 'errand', 1, ?, 3, ?, ?)",
+                   (n, new_id(n), n, "queued" if n < 4 else "completed", n < 4))
+        db.execute("INSERT INTO bodies (seq, payload) VALUES (?, ?)", (n, payload))
+    db.commit()
+    db.close()
+    for _ in range(2):
+        store = SQLiteStore(path)
+        assert [place.model for place in store.run(lambda tx: tx.line("errand", 9))] == ["llama3", None, None]
+        assert [job.payload_json for job in store.read(lambda r: r.listing(None, None, 9, None))] == payloads[::-1]
+        assert store.read(lambda r: (r.pending(), r.webhooks_pending())) == (3, 0)
+        store.close()
+    store = SQLiteStore(path)
+    [job] = put(store, a_job(9, webhook="http://h", model="m"))
+    assert store.read(lambda r: r.get(job.id)) == job and job.seq == 5
+    store.close()
+    new, old = sqlite3.connect(":memory:"), sqlite3.connect(path)
+    new.executescript(SCHEMA)
+    columns = "SELECT name, type FROM pragma_table_info('jobs')"
+    assert sorted(new.execute(columns)) == sorted(old.execute(columns))
+    assert sorted(new.execute("SELECT name, tbl_name FROM sqlite_master")) == sorted(old.execute("SELECT name, tbl_name FROM sqlite_master"))
+    old.close()
 
 
 @pytest.mark.parametrize("name", ["queue.db", "deep/er/queue.db"])
@@ -996,7 +1055,6 @@ def test_the_jobs_fields_are_all_kept():
 
 
 def _columns(table):
-    from colab_gpu.store import SCHEMA
     db = sqlite3.connect(":memory:")
     db.executescript(SCHEMA)
     return db.execute(f"PRAGMA table_info({table})").fetchall()

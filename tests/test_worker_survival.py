@@ -319,3 +319,29 @@ def test_near_the_end_of_its_session_it_takes_nothing_more_and_hands_back(tmp_pa
 def test_the_session_comes_from_a_setting():
     worker = worker_for("http://127.0.0.1:9", WORKER_SESSION_SECONDS=100, options={"clock": lambda: 7.0})
     assert worker.session_end == 107 and worker_for("http://127.0.0.1:9").session_end is None and DATA.name
+
+
+def test_what_it_has_and_why_it_rests_is_shown_by_the_server(tmp_path):
+    class Painter(Broken):
+        def models(self): return ["warm-one"]
+        def on_disk(self): return ["warm-one", "cold-one"]
+    with serve(tmp_path, GPU_MAX_ATTEMPTS="1") as server:
+        client, shown = Client(server.url, ""), []
+        worker = worker_for(server.url, Painter(), options={"info": {"accelerator": "Tesla T4", "versions": "torch=2.13.0"}})
+        def pause(seconds, until):
+            if seconds >= REST_S: shown.append(client.workers()[0]); worker.drain()
+        worker.pause = pause
+        jobs = [client.submit("nap", {"n": n}) for n in range(3)]
+        worker.start()
+        assert worker.join(30) and {job.wait(30).status for job in jobs} == {"failed"}
+    assert shown[0]["models"] == ["warm-one"] and shown[0]["disk"] == ["cold-one", "warm-one"] and shown[0]["versions"] == {"torch": "2.13.0"}
+    assert shown[0]["paused"] == "No room."
+
+
+def test_an_idle_worker_hears_that_it_should_drain(tmp_path):
+    with serve(tmp_path) as server:
+        client = Client(server.url, "")
+        worker = worker_for(server.url, Quick()).start()
+        eventually(lambda: any(w["waiting"] for w in client.workers()))
+        client.transport.call("POST", "/workers/attic/drain")
+        assert worker.join(30) and any("asks this worker to stop" in line for line in worker.lines)
