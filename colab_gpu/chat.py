@@ -11,12 +11,13 @@ from typing import Any
 from .config import Settings
 from .daemon import Daemon
 from .errors import ColabGPUError, ExecutionError, InvalidInput, OutOfMemory, Transient
+from .gpu import Arbiter
 from .jobs import ChatRequest, EmbedRequest, LocalContext, RunContext
 
 # %% auto #0
 __all__ = ['OLLAMA_ERRORS', 'LOOK_S', 'ollama_client', 'ollama_error', 'vanished', 'Guard', 'Spout', 'Reply', 'model_key',
            'translated', 'OllamaCalls', 'Ollama', 'unload', 'leave', 'Share', 'pull', 'calling', 'preload',
-           'ollama_turn', 'with_model', 'converse', 'ChatExecutor', 'EmbedExecutor']
+           'ollama_turn', 'needs', 'with_model', 'roomy', 'converse', 'ChatExecutor', 'EmbedExecutor']
 
 # %% ../nbs/15_chat.ipynb #8522e63b
 def ollama_client(url: str, local: bool = False) -> Any:
@@ -45,7 +46,9 @@ def ollama_error(error: Exception, *, url: str, model: str, begun: bool = False)
     if kind.__name__ == "ResponseError":
         status = getattr(error, "status_code", -1)
         for at, word, cls, code, sentence in OLLAMA_ERRORS:
-            if at in (None, status) and word in why.lower(): return cls(sentence.format(why=why, model=model, url=url), code=code)
+            if at in (None, status) and word in why.lower():
+                if begun and cls is OutOfMemory: code = "ollama_failed"  # too late to try again: part of the answer was told
+                return cls(sentence.format(why=why, model=model, url=url), code=code)
     if isinstance(error, ConnectionError) or kind.__name__ in ("ConnectError", "ConnectTimeout"):
         return Transient(f"No Ollama answers at {url}: run `ollama serve`, or set OLLAMA_URL.", code="ollama_down")
     if kind.__name__ == "ReadTimeout": return Transient(f"Ollama at {url} said nothing for too long: try again, or restart it.", code="ollama_silent")
@@ -198,15 +201,16 @@ class Ollama(OllamaCalls):
     ----------
     settings: OLLAMA_URL and the rest of the room `chat`; `None` reads the environment. daemon: who starts it; `None`: a `Daemon` of these
     settings. arbiter: who gives turns on the GPU (`gpu.Arbiter`); `None`: nobody else uses it. say: takes lines for people.
+    unload_s: how long a model may take to leave the GPU, seconds.
     """
     family = "chat"
 
-    def __init__(self, settings: Mapping[str, Any] | None = None, *, daemon: Daemon | None = None, arbiter: Any = None,
-                 say: Callable[[str], Any] = print) -> None:
+    def __init__(self, settings: Mapping[str, Any] | None = None, *, daemon: Daemon | None = None, arbiter: Arbiter | None = None,
+                 say: Callable[[str], Any] = print, unload_s: float = 30) -> None:
         self.settings = Settings() if settings is None else settings
         self.daemon = daemon or Daemon(self.settings, say=say)
         super().__init__(self.daemon.url, self.daemon.local)
-        self.say, self.arbiter, self._pulling = say, arbiter if self.local else None, threading.Lock()
+        self.say, self.unload_s, self.arbiter, self._pulling = say, unload_s, arbiter if self.local else None, threading.Lock()
         if self.arbiter is not None: self.arbiter.join(self)
 
     def __repr__(self) -> str: return f"Ollama({self.url}, loaded: {', '.join(self.models()) or 'nothing'})"
@@ -244,8 +248,8 @@ def leave(ollama: Ollama, need_bytes: int) -> None:
         freed = 0
         for row in sorted(ollama.rows(), key=lambda row: str(row.get("expires_at") or "")):
             if freed >= need_bytes: return
-            if not unload(ollama, row["model"]): ollama.say(f"[ollama] {row['model']} was asked to leave the GPU, and has not.")
-            freed += int(row.get("size_vram") or 0)
+            if unload(ollama, row["model"], ollama.unload_s): freed += int(row.get("size_vram") or 0)
+            else: ollama.say(f"[ollama] {row['model']} was asked to leave the GPU, and has not.")
     except ExecutionError as e: ollama.say(f"[ollama] {e}")
 
 # %% ../nbs/15_chat.ipynb #8446fef7
@@ -298,16 +302,17 @@ def preload(ollama: Ollama, models: Sequence[str] | None = None, on_progress: Ca
             ollama.ask("POST", "/api/generate", {"model": model, "stream": False}, read_s=600)
         tell(f"[ollama] {model} is loaded.")
 
-def ollama_turn(ollama: Ollama, model: str, check: Callable[[], None]) -> AbstractContextManager[Any]:
+def ollama_turn(ollama: Ollama, model: str, check: Callable[[], None]) -> AbstractContextManager[None]:
     "The arbiter's turn for a call of `model`. Raises `InvalidInput` (`model_missing`), and what the arbiter raises."
-    if ollama.arbiter is None: return nullcontext()
-    if model_key(model) in map(model_key, (row["model"] for row in ollama.rows())): need = 0
-    else:
-        sizes = {model_key(row["model"]): int(row.get("size") or 0) for row in ollama.rows("/api/tags")}
-        if model_key(model) not in sizes:
-            raise InvalidInput(f"Ollama has no model {model} here: run `ollama pull {model}`, or set OLLAMA_AUTO_PULL=1.", code="model_missing")
-        need = int(sizes[model_key(model)] * 1.2)  # the weights, and a context of some thousand tokens
-    return ollama.arbiter.turn(ollama.family, need, check)  # type: ignore[no-any-return]
+    return nullcontext() if ollama.arbiter is None else ollama.arbiter.turn(ollama.family, lambda: needs(ollama, model), check)
+
+def needs(ollama: Ollama, model: str) -> int:
+    "About how many bytes Ollama takes to load `model`; 0 when it is loaded. Raises `InvalidInput` (`model_missing`)."
+    key = model_key(model)
+    if key in (model_key(row["model"]) for row in ollama.rows()): return 0
+    sizes = {model_key(row["model"]): int(row.get("size") or 0) for row in ollama.rows("/api/tags")}
+    if key in sizes: return int(sizes[key] * 1.2)  # the weights, and a context of some thousand tokens
+    raise InvalidInput(f"Ollama has no model {model} here: run `ollama pull {model}`, or set OLLAMA_AUTO_PULL=1.", code="model_missing")
 
 # %% ../nbs/15_chat.ipynb #fb1cfa33
 def with_model(ollama: Ollama, model: str, ctx: RunContext, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -316,7 +321,7 @@ def with_model(ollama: Ollama, model: str, ctx: RunContext, call: Callable[[], d
     while True:
         ctx.check()
         try:
-            with ollama_turn(ollama, model, ctx.check): return call()
+            with ollama_turn(ollama, model, ctx.check): return roomy(ollama, ctx, call)
         except ExecutionError as e:
             if e.code in mended or e.code not in ("ollama_down", "model_missing"): raise
             if e.code == "model_missing" and not ollama.settings["OLLAMA_AUTO_PULL"]: raise
@@ -326,6 +331,15 @@ def with_model(ollama: Ollama, model: str, ctx: RunContext, call: Callable[[], d
         else:
             ctx.log(f"Pulling {model}.")
             pull(ollama, model, lambda percent: ctx.progress(percent, 100, phase=f"pulling {model}"), ctx.check)
+
+def roomy(ollama: Ollama, ctx: RunContext, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    "Make `call`; when the memory does not suffice, once more without whoever else uses the GPU."
+    try: return call()
+    except OutOfMemory as e:
+        gone = ollama.arbiter.clear(ollama.family, ctx.check) if ollama.arbiter is not None and e.code == "ollama_memory" else []
+        if not gone: raise
+        ctx.log(f"Memory ran out: {' and '.join(gone)} left it.")
+    return call()
 
 def converse(ollama: Ollama, call: str, model: str, body: Mapping[str, Any], ctx: RunContext) -> dict[str, Any]:
     "Call `generate` or `chat` and stream the answer to `ctx`; the reply. Raises `ExecutionError`."
@@ -361,7 +375,7 @@ class ChatExecutor:
     """
     tool, family = "ollamaChat", "chat"
 
-    def __init__(self, settings: Mapping[str, Any] | None = None, *, ollama: Ollama | None = None, arbiter: Any = None) -> None:
+    def __init__(self, settings: Mapping[str, Any] | None = None, *, ollama: Ollama | None = None, arbiter: Arbiter | None = None) -> None:
         self.ollama = ollama or Ollama(settings, arbiter=arbiter)
     def __repr__(self) -> str: return f"{type(self).__name__}({self.ollama!r})"
     def models(self) -> list[str]:
@@ -396,7 +410,7 @@ class ChatExecutor:
 class EmbedExecutor:
     "Run `ollamaEmbed` jobs. Parameters as for `ChatExecutor`."
     tool = "ollamaEmbed"
-    def __init__(self, settings: Mapping[str, Any] | None = None, *, ollama: Ollama | None = None, arbiter: Any = None) -> None:
+    def __init__(self, settings: Mapping[str, Any] | None = None, *, ollama: Ollama | None = None, arbiter: Arbiter | None = None) -> None:
         self.ollama = ollama or Ollama(settings, arbiter=arbiter)
     def __repr__(self) -> str: return f"{type(self).__name__}({self.ollama!r})"
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from . import __version__
-from .client import Chat, Client, Event, RemoteJob, Transport
+from .client import Chat, Client, Event, RemoteJob
 from .config import SETTINGS, Settings
 from .gpu import Arbiter, Device, accelerator_info, find_device, installed_versions
 from .errors import ColabGPUError, ConnectionFailed, ExecutionError, InvalidPayload, InvalidSetting
@@ -23,7 +23,7 @@ __all__ = ['NEEDS_IMAGES', 'NEEDS_CHAT', 'say', 'show', 'Progress', 'job_line', 
            'read_json_file', 'cmd_serve', 'cmd_submit', 'cmd_status', 'cmd_cancel', 'cmd_retry', 'cmd_wait', 'cmd_jobs',
            'cmd_events', 'worker_line', 'cmd_workers', 'cmd_drain', 'image_payload', 'cmd_imagine', 'cmd_replay',
            'chat_payload', 'cmd_chat', 'canceled_with_us', 'executors_here', 'chat_executors', 'preload_chat',
-           'provided', 'signed', 'worker_executors', 'cmd_worker', 'cmd_demo', 'cmd_settings', 'checks', 'cmd_doctor',
+           'provided', 'signed', 'worker_executors', 'cmd_worker', 'cmd_demo', 'cmd_settings', 'cmd_doctor',
            'build_parser', 'run_command', 'main', 'helper_parser', 'helper_body', 'mcp_gpu_job']
 
 # %% ../nbs/20_cli.ipynb #f8a99289
@@ -387,61 +387,13 @@ def cmd_settings(args: argparse.Namespace) -> int:
     for name in SETTINGS: Settings()[name]
     return 0
 
-def checks(settings: Settings) -> list[tuple[str, str, str]]:
-    "What this machine has: (what, `ok`, `missing` or `note`, a sentence with the command that mends it)."
-    rows = [("Python", "ok", sys.version.split()[0])]
-    rows += [_check_images(), _check_chat(settings), *_check_service(settings)]
-    for name, whose in (("GPU_WORKER_TOKEN", "the server"), ("STACK_WORKER_TOKEN", "the worker")):
-        rows.append((name, "ok", "set") if settings[name] else
-                    (name, "note", f"not set: {whose} needs it; choose a long random text, the same for both"))
-    rows.append(_check_data(Path(settings["COLAB_GPU_DATA"])))
-    rows.append(_check_server(settings))
-    return rows
-
-def _check_images() -> tuple[str, str, str]:
-    missing = [name for name in ("torch", "diffusers", "transformers", "accelerate", "safetensors", "PIL") if not find_spec(name)]
-    if missing: return "images", "missing", f"{', '.join(missing)} not installed: pip install \"colab-gpu[images]\""
-    try:
-        import diffusers, torch
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU (slow: a GPU draws a hundred times faster)"
-    except Exception as e:
-        return "images", "missing", f"torch or diffusers cannot be imported ({type(e).__name__}): pip install -U \"colab-gpu[images]\""
-    return "images", "ok", f"torch {torch.__version__}, diffusers {diffusers.__version__}, on {device}"
-
-def _check_chat(settings: Settings) -> tuple[str, str, str]:
-    if not find_spec("ollama"): return "chat", "note", f"no chat jobs here: {NEEDS_CHAT}"
-    from colab_gpu.daemon import Daemon, ollama_version
-    daemon, version = Daemon(settings), ollama_version(settings["OLLAMA_URL"])
-    if version: return "chat", "ok", f"Ollama {version} at {daemon.url}"
-    why = daemon.obstacle()
-    if why: return "chat", "note", f"no chat jobs here: {why}"
-    return "chat", "ok", f"no Ollama runs at {daemon.url}; colab-gpu worker starts one when a job needs it"
-
-def _check_service(settings: Settings) -> list[tuple[str, str, str]]:
-    if not settings["MCP_IMAGEN_URL"]: return []
-    from colab_gpu.providers import ServiceImages
-    try: service = ServiceImages(settings)
-    except InvalidSetting as e: return [("image service", "missing", e.message)]
-    return [("image service", "ok", f"{service.addresses[0].host} is asked by a standby (colab-gpu worker --standby 20)")]
-
-def _check_data(folder: Path) -> tuple[str, str, str]:
-    at = folder
-    while not at.exists() and at != at.parent: at = at.parent
-    if os.access(at, os.W_OK): return "data folder", "ok", str(folder)
-    return "data folder", "missing", f"{folder} cannot be written: choose another with COLAB_GPU_DATA or --data"
-
-def _check_server(settings: Settings) -> tuple[str, str, str]:
-    base = settings["STACK_API_BASE"]
-    try: health = Transport(base, connect_s=3, read_s=5).call("GET", "/healthz")
-    except ColabGPUError as e: return "server", "note", f"{e.message} Start one with: colab-gpu serve"
-    return "server", "ok", f"{base}, version {health.get('version', 'unknown') if isinstance(health, dict) else 'unknown'}"
-
 def cmd_doctor(args: argparse.Namespace) -> int:
-    rows = checks(_settings(args))
-    if args.json: show([{"what": what, "state": state, "detail": detail} for what, state, detail in rows])
+    from colab_gpu.doctor import examine
+    findings = examine(_settings(args))
+    if args.json: show([found._asdict() for found in findings])
     else:
-        for what, state, detail in rows: print(f"{state:8} {what:20} {detail}")
-    return 1 if any(state == "missing" for _, state, _ in rows) else 0
+        for found in findings: print(found)
+    return 1 if any(found.state == "missing" for found in findings) else 0
 
 # %% ../nbs/20_cli.ipynb #7e936ece
 def build_parser() -> argparse.ArgumentParser:

@@ -12,8 +12,8 @@ from .errors import OutOfMemory
 
 # %% auto #0
 __all__ = ['Device', 'SimulatedDevice', 'Cpu', 'ask_nvidia_smi', 'Cuda', 'find_device', 'accelerator_info', 'installed_versions',
-           'Holder', 'held', 'gib', 'Arbiter', 'take', 'following', 'give_back', 'make_room', 'send_away', 'wait_for',
-           'lacking']
+           'Holder', 'held', 'gib', 'Arbiter', 'take', 'following', 'give_back', 'make_room', 'others', 'send_away',
+           'wait_for', 'lacking', 'clear']
 
 # %% ../nbs/13_gpu.ipynb #eedd3fa8
 class Device(Protocol):
@@ -120,7 +120,6 @@ class Arbiter:
         self.warm, self.warm_since, self.turn_of = "", clock(), ""
         self.owner: int | None = None
         self.changed = threading.Condition()
-
     def join(self, holder: Holder) -> None:
         "Count with `holder` from now on."
         with self.changed:
@@ -128,10 +127,10 @@ class Arbiter:
     def __repr__(self) -> str: return f"Arbiter({self.device!r}, turn: {self.turn_of or 'nobody'}, waiting: {len(self.waiting)})"
 
     @contextmanager
-    def turn(self, family: str, need_bytes: int = 0, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+    def turn(self, family: str, need_bytes: int | Callable[[], int] = 0, check: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Wait for the turn, then for `need_bytes` beyond what the family holds already; `check` may raise to leave the line.
 
-        Raises `OutOfMemory`, and `RuntimeError` inside a turn of another family.
+        A function is asked for the bytes when the turn has come. Raises `OutOfMemory`, and `RuntimeError` inside a turn of another family.
         """
         me, outer = threading.get_ident(), False
         if self.device.kind != "cpu":
@@ -140,11 +139,12 @@ class Arbiter:
             outer = self.owner != me
             if outer: take(self, family, me, check)
         try:
-            if self.device.kind != "cpu": make_room(self, family, need_bytes, check)
+            if self.device.kind != "cpu": make_room(self, family, need_bytes() if callable(need_bytes) else need_bytes, check)
             yield
         finally:
             if outer: give_back(self)
 
+    def clear(self, family: str, check: Callable[[], None] = lambda: None) -> list[str]: "See `clear`."; return clear(self, family, check)
     def snapshot(self) -> dict[str, Any]:
         "What a panel shows: the accelerator and its bytes, who holds what, whose turn it is, who waits."
         return {"accelerator": self.device.name, "total_bytes": self.device.total_bytes(), "free_bytes": self.device.free_bytes(),
@@ -192,26 +192,30 @@ def make_room(arbiter: Arbiter, family: str, need_bytes: int, check: Callable[[]
     total, troubles = arbiter.device.total_bytes(), list[str]()
     if total is not None and need_bytes > total:
         raise OutOfMemory(f"{family} needs {gib(need_bytes)} and {arbiter.device.name} has {gib(total)} in all: take a smaller model.")
-    for holder in list(arbiter.holders):
+    for holder in others(arbiter, family):
         if short() <= 0: return
-        if holder.family == family or not held(holder): continue
-        check()
-        trouble = send_away(arbiter, holder, short, check)
-        if trouble:
-            troubles.append(trouble)
-            arbiter.say(f"[gpu] {trouble}.")
+        troubles += send_away(arbiter, holder, short, check)
     own = sum(held(h) for h in arbiter.holders if h.family == family)
     if short() > own: raise OutOfMemory(lacking(arbiter, family, need_bytes, own, troubles))
 
-def send_away(arbiter: Arbiter, holder: Holder, short: Callable[[], int], check: Callable[[], None]) -> str:
+def others(arbiter: Arbiter, family: str) -> list[Holder]:
+    "Who but `family` holds something."
+    return [holder for holder in list(arbiter.holders) if holder.family != family and held(holder)]
+
+def send_away(arbiter: Arbiter, holder: Holder, short: Callable[[], int], check: Callable[[], None]) -> list[str]:
     "Ask `holder` to leave and see its memory come back; what went wrong, if something did."
+    check()
     had, free = held(holder), arbiter.device.free_bytes() or 0
     try: holder.leave(short())
-    except Exception as e: return f"{holder.family} failed to leave ({type(e).__name__})"
-    gone = had - held(holder)
-    if wait_for(arbiter, lambda: short() <= 0 or (arbiter.device.free_bytes() or 0) - free >= 0.9 * gone, check): return ""
-    return f"{holder.family} left, but its memory did not come back in {arbiter.timeout_s:g} s"
+    except Exception as e: trouble = f"{holder.family} failed to leave ({type(e).__name__})"
+    else:
+        gone = had - held(holder)
+        if wait_for(arbiter, lambda: short() <= 0 or (arbiter.device.free_bytes() or 0) - free >= 0.9 * gone, check): return []
+        trouble = f"{holder.family} left, but its memory did not come back in {arbiter.timeout_s:g} s"
+    arbiter.say(f"[gpu] {trouble}.")
+    return [trouble]
 
+# %% ../nbs/13_gpu.ipynb #20bbe23c
 def wait_for(arbiter: Arbiter, done: Callable[[], bool], check: Callable[[], None]) -> bool:
     "Look again and again until `done`, at most `timeout_s`; whether it came to that."
     end = arbiter.clock() + arbiter.timeout_s
@@ -227,3 +231,11 @@ def lacking(arbiter: Arbiter, family: str, need_bytes: int, own: int, troubles: 
     holders = ", ".join([f"{h.family} holds {gib(held(h))}" for h in arbiter.holders if h.family != family and held(h)] + troubles)
     return (f"{family} needs {gib(need_bytes)} on {arbiter.device.name} and can have {gib(free)}{f' ({holders})' if holders else ''}: "
             f"take a model of at most {gib(free)}, or end what else uses it.")
+
+# %% ../nbs/13_gpu.ipynb #72f8d7ff
+def clear(arbiter: Arbiter, family: str, check: Callable[[], None] = lambda: None) -> list[str]:
+    "Within a turn of `family`, ask all others to leave with all they have; the families that did, none if there was nothing to gain."
+    if arbiter.device.kind == "cpu": return []
+    had = {id(holder): held(holder) for holder in others(arbiter, family)}
+    for holder in others(arbiter, family): send_away(arbiter, holder, lambda: 1 << 62, check)
+    return sorted({h.family for h in arbiter.holders if held(h) < had.get(id(h), 0)})

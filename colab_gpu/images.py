@@ -7,9 +7,10 @@ from __future__ import annotations
 import contextlib, secrets, threading, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 from .config import Settings
 from .errors import ColabGPUError, ExecutionError, InvalidSetting, OutOfMemory
+from .gpu import Arbiter, Cpu
 from .jobs import ImagenRequest, LocalContext, RunContext
 from .models import KNOWN, ModelSource, caller_model, find_model, image_defaults, known_model, models_on_disk, owner_model
 from .painting import (Commission, Drawing, LoadedModel, dtype_name, most_at_once, open_pictures, paint, using_clip_skip,
@@ -18,9 +19,9 @@ from .pictures import FORMATS, drawable_size, open_picture
 from .pipelines import free_bytes, free_memory, held_bytes, library, load_pipeline, pick_device, telling_download, weight_bytes
 
 # %% auto #0
-__all__ = ['ModelShelf', 'make_room', 'load_model', 'leave_device', 'bring_back', 'Pace', 'first_guess', 'shape', 'read_request',
-           'Turns', 'alone', 'ImageExecutor', 'Order', 'run_batch', 'draw', 'carry_out', 'hand_over', 'batch_size',
-           'preload']
+__all__ = ['ModelShelf', 'make_room', 'without_others', 'load_model', 'leave_device', 'moved_away', 'bring_back', 'Pace',
+           'first_guess', 'shape', 'read_request', 'ImageExecutor', 'Order', 'run_batch', 'draw', 'carry_out', 'turn',
+           'clearing', 'hand_over', 'batch_size', 'preload']
 
 # %% ../nbs/14_images.ipynb #2785e1f8
 class ModelShelf:
@@ -43,12 +44,15 @@ class ModelShelf:
         if model is not None: return model.size if model.away else 0
         return weight_bytes(source, "float16" if half else "float32") or round(known_model(source).gib * (1 << 30) * (1 if half else 2))
 
-    def get(self, source: ModelSource, say: Callable[[str], None] = lambda sentence: None) -> LoadedModel:
-        "The model at `source`; if it must be loaded, `say` hears of it. Raises what `pick_device` and `load_pipeline` raise."
+    def get(self, source: ModelSource, say: Callable[[str], None] = lambda sentence: None, clear: Callable[[], Any] = list) -> LoadedModel:
+        """The model at `source`; if it must be loaded, `say` hears of it. Raises what `pick_device` and `load_pipeline` raise.
+
+        clear: sends away who else uses the device, when the memory does not suffice; true if somebody left.
+        """
         model = self.loaded.get(source.location)
         if model is None or model.away: make_room(self, self.needs(source), keep=model)
-        if model is None: model = load_model(self, source, say)
-        elif model.away: bring_back(model)
+        if model is None: model = load_model(self, source, say, clear)
+        elif model.away: bring_back(self, model, clear)
         self.loaded.pop(source.location, None)
         self.loaded[source.location] = model  # last: the most recent
         return model
@@ -70,19 +74,28 @@ def make_room(shelf: ModelShelf, need: int, keep: LoadedModel | None = None) -> 
         del shelf.loaded[others.pop(0)]
         free_memory()
 
-def load_model(shelf: ModelShelf, source: ModelSource, say: Callable[[str], None]) -> LoadedModel:
-    "Load the model at `source` for `shelf`; when memory runs out, again without the others."
+def without_others(shelf: ModelShelf, move: Callable[[], Any], clear: Callable[[], Any], keep: LoadedModel | None = None) -> Any:
+    "Make `move`; when memory runs out, again without the other models but `keep`, and again without whoever else uses the device."
+    def drop_models() -> bool:
+        idle = [location for location, model in shelf.loaded.items() if model is not keep]
+        for location in idle: del shelf.loaded[location]
+        return bool(idle)
+    cures = iter((drop_models, clear))
+    while True:
+        try: return move()
+        except OutOfMemory as e: problem = e.with_traceback(None)  # its frames hold what was loaded so far
+        if not any(cure() for cure in cures): raise problem
+        free_memory()
+
+def load_model(shelf: ModelShelf, source: ModelSource, say: Callable[[str], None], clear: Callable[[], Any]) -> LoadedModel:
+    "Load the model at `source` for `shelf`, however often it takes; see `without_others`."
     device, settings = shelf.device(), shelf.settings
     say(f"Loading {source.name}{'' if source.local else '; the first time it is downloaded'}.")
     def load() -> Any:
         return load_pipeline(source, device=device, dtype=shelf.dtype, token=settings["HF_TOKEN"], compiled=settings["IMAGEN_COMPILE"],
                              safety_checker=settings["IMAGEN_SAFETY_CHECKER"])
     with telling_download(source, say, gib=known_model(source).gib if source.name in KNOWN else 0):
-        try: pipe = load()
-        except OutOfMemory:
-            if not shelf.loaded: raise
-            shelf.drop()
-            pipe = load()
+        pipe = without_others(shelf, load, clear)
     say(f"Loaded {source.name} on {device} in {dtype_name(pipe)}.")
     return LoadedModel(source, pipe, device, held_bytes(pipe))
 
@@ -92,20 +105,26 @@ def leave_device(shelf: ModelShelf, need: int) -> None:
     freed = 0
     for location, model in list(shelf.loaded.items()):
         if freed >= need: break
-        if model.away: continue
+        if model.away or model.offloaded: continue  # nothing of it is there
         freed += model.size
         room = shelf.free("cpu")
-        if model.device.startswith("cuda") and not model.offloaded and (room is None or room > 2 * model.size):
-            model.pipe.to("cpu")
-            model.away = True
-        else: del shelf.loaded[location]
+        model.away = model.device.startswith("cuda") and (room is None or room > 2 * model.size) and moved_away(model)
+        if not model.away: del shelf.loaded[location]
     free_memory()
 
-def bring_back(model: LoadedModel) -> None:
-    "Move a model that waits in the machine's own memory to its device again. Raises `OutOfMemory`."
-    try: model.pipe.to(model.device)
-    except RuntimeError as e:
-        raise OutOfMemory(f"{model.source.name} does not fit into the memory of {model.device} just now: try again later.") from e
+def moved_away(model: LoadedModel) -> bool:
+    "Move a model to the machine's own memory; if that fails, half of it may be there, and it is of no use any more."
+    try: model.pipe.to("cpu")
+    except (RuntimeError, MemoryError): return False
+    return True
+
+def bring_back(shelf: ModelShelf, model: LoadedModel, clear: Callable[[], Any]) -> None:
+    "Move a model that waits in the machine's own memory to its device again; see `without_others`. Raises `OutOfMemory`."
+    def move() -> None:
+        try: model.pipe.to(model.device)
+        except RuntimeError as e:
+            raise OutOfMemory(f"{model.source.name} does not fit into the memory of {model.device} just now: try again later.") from e
+    without_others(shelf, move, clear, keep=model)
     model.away = False
 
 # %% ../nbs/14_images.ipynb #a814d658
@@ -152,18 +171,6 @@ def read_request(payload: Mapping[str, Any], model: LoadedModel, settings: Mappi
                           height=height if not payload.get("height") else request.height)
     return request
 
-# %% ../nbs/14_images.ipynb #4dc4c44a
-class Turns(Protocol):
-    "What of an arbiter is used here (see `gpu`)."
-    def join(self, holder: Any) -> None: "Take part."
-    def turn(self, family: str, need_bytes: int = 0, check: Callable[[], None] = ...) -> contextlib.AbstractContextManager[None]:
-        "A turn of `family`, which is going to need `need_bytes` more; `check` is called while it waits."
-
-@contextlib.contextmanager
-def alone(*_: Any, **__: Any) -> Iterator[None]:
-    "A turn where nobody else is."
-    yield
-
 # %% ../nbs/14_images.ipynb #46398f6d
 class ImageExecutor:
     """Draw pictures from text with Diffusers.
@@ -181,13 +188,13 @@ class ImageExecutor:
 
     def __init__(self, model_id: str | None = None, *, device: str | None = None, dtype: str | None = None, settings: Settings | None = None,
                  keep: int = 4, pick_seed: Callable[[], int] = lambda: secrets.randbelow(2**32), clock: Callable[[], float] = time.perf_counter,
-                 arbiter: Turns | None = None, free: Callable[[str], int | None] = free_bytes) -> None:
+                 arbiter: Arbiter | None = None, free: Callable[[str], int | None] = free_bytes) -> None:
         self.settings = Settings() if settings is None else settings
         self.model_id = model_id or str(self.settings["IMAGEN_MODEL_ID"])
         self.shelf, self.paces = ModelShelf(self.settings, device=device, dtype=dtype, keep=keep, free=free), dict[str, Pace]()
         self.pick_seed, self.clock, self.lock = pick_seed, clock, threading.RLock()
-        self.turn: Callable[..., Any] = alone if arbiter is None else arbiter.turn
-        if arbiter is not None: arbiter.join(self)
+        self.arbiter = Arbiter(Cpu()) if arbiter is None else arbiter
+        self.arbiter.join(self)
 
     def __repr__(self) -> str: return f"ImageExecutor({self.model_id}, loaded: {', '.join(self.models()) or 'nothing'})"
     def models(self) -> list[str]: "The names of the models that are loaded now, the most recent last."; return self.shelf.names()
@@ -262,9 +269,20 @@ def carry_out(executor: ImageExecutor, orders: Sequence[Order]) -> None:
         def check(some: Sequence[Order] = some) -> None: _check(some)
         try:
             _check(some)
-            with executor.turn(executor.family, executor.shelf.needs(source), check), executor.lock: _with_model(executor, source, some)
+            with turn(executor, source, check), executor.lock: _with_model(executor, source, some)
         except ColabGPUError as e:
             for order in some: order.failed = order.failed or e
+        for order in some:  # a failure lives until it was reported, and the frames of its traceback hold the pipeline
+            if order.failed is not None: order.failed.__traceback__ = None
+
+# %% ../nbs/14_images.ipynb #14530a89
+def turn(executor: ImageExecutor, source: ModelSource, check: Callable[[], None] = lambda: None) -> contextlib.AbstractContextManager[None]:
+    "A turn on the accelerator, with room for the model at `source`. Raises `OutOfMemory`, and what `check` raises."
+    return executor.arbiter.turn(executor.family, lambda: executor.shelf.needs(source), check)
+
+def clearing(executor: ImageExecutor, orders: Sequence[Order]) -> Callable[[], list[str]]:
+    "What sends whoever else uses the accelerator away, as long as one of `orders` is wanted; see `Arbiter.clear`."
+    return lambda: executor.arbiter.clear(executor.family, lambda: _check(orders))
 
 def _check(orders: Sequence[Order]) -> None:
     "Let go of the orders that were canceled; when all were, raise."
@@ -281,7 +299,7 @@ def _with_model(executor: ImageExecutor, source: ModelSource, orders: Sequence[O
     if not warm:
         likely = image_defaults(executor.settings, known_model(source), own=source == find_model(executor.model_id))
         for order in orders: order.ctx.progress(0, ImagenRequest.parse(order.payload, likely).num_inference_steps, phase="loading")
-    model = executor.shelf.get(source, say)
+    model = executor.shelf.get(source, say, clearing(executor, orders))
     load_ms = 0 if warm else round((executor.clock() - started) * 1000)
     _check(orders)
     _in_groups(executor, model, orders)
@@ -306,19 +324,19 @@ def _in_groups(executor: ImageExecutor, model: LoadedModel, orders: Sequence[Ord
             groups.setdefault(shape(request), []).append(order)
     for group in groups.values():
         jobs = [order.job for order in group if order.job is not None]
-        try: _paint(executor, model, jobs)
+        try: _paint(executor, model, jobs, clearing(executor, group))
         except ExecutionError as e:
             for job in jobs: job.failed = job.failed or e
         for order, job in zip(group, jobs, strict=True): order.failed = job.failed
 
-def _paint(executor: ImageExecutor, model: LoadedModel, jobs: Sequence[Commission]) -> None:
+def _paint(executor: ImageExecutor, model: LoadedModel, jobs: Sequence[Commission], clear: Callable[[], Sequence[str]]) -> None:
     request, settings = jobs[0].request, executor.settings
     pace = executor.paces.get(model.source.location) or Pace(first_guess(model.device))
     executor.paces[model.source.location] = pace
     most, started = min(16, max(len(jobs), pace.size())), executor.clock()
     adapters = using_loras(model, request.loras, folder=settings["IMAGEN_LORA_FOLDER"], token=settings["HF_TOKEN"])
     with adapters, using_scheduler(model, request.scheduler), using_clip_skip(model, request.clip_skip):
-        paint(model, jobs, executor.clock, most)
+        paint(model, jobs, executor.clock, most, clear)
     if any(isinstance(job.failed, OutOfMemory) for job in jobs): free_memory()
     sizes = {drawing.meta["batch_size"] for job in jobs for drawing in job.drawings}
     if len(sizes) == 1 and not any(job.failed for job in jobs) and request.init_image is None:
@@ -348,4 +366,4 @@ def batch_size(executor: ImageExecutor) -> int:
 
 def preload(executor: ImageExecutor, source: ModelSource, say: Callable[[str], None]) -> None:
     "See `ImageExecutor.preload`."
-    with executor.turn(executor.family, executor.shelf.needs(source), lambda: None), executor.lock: executor.shelf.get(source, say)
+    with turn(executor, source), executor.lock: executor.shelf.get(source, say, lambda: executor.arbiter.clear(executor.family))

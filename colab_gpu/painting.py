@@ -21,7 +21,7 @@ __all__ = ['TINY_DECODERS', 'PREVIEWS_PER_IMAGE', 'Sketch', 'RUNGS', 'LoadedMode
            'other_scheduler', 'using_scheduler', 'using_clip_skip', 'find_lora', 'using_loras', 'pipeline_for',
            'open_pictures', 'strength_of', 'call_arguments', 'notes', 'make_sketch', 'preview_jpeg', 'preview_of',
            'step_reporter', 'call_pipeline', 'check_pixels', 'dtype_name', 'finish', 'facts_of', 'slice_and_tile',
-           'offload', 'try_less', 'most_at_once', 'draw_error', 'paint', 'one_call']
+           'offload', 'try_less', 'left_alone', 'most_at_once', 'draw_error', 'paint', 'one_call']
 
 # %% ../nbs/13d_painting.ipynb #2c8f163a
 @dataclass
@@ -401,6 +401,12 @@ def try_less(model: LoadedModel, shots: Sequence[Shot]) -> str | None:
         if sentence := rung(model): return sentence
     return None
 
+def left_alone(clear: Callable[[], Sequence[str]]) -> str | None:
+    "After memory ran out, have the others sent away: a sentence, or `None` when that gained nothing."
+    free_memory()
+    gone = clear()
+    return f"Memory ran out: {' and '.join(gone)} left it." if gone else None
+
 def most_at_once(model: LoadedModel, request: ImagenRequest, most: int = 16) -> int:
     "How many pictures like `request` go into one call, as far as is known."
     return most if model.fits is None else max(1, min(most, model.fits // (request.width * request.height)))
@@ -425,8 +431,14 @@ def _free(device: str) -> str:
     return f" ({free:.1f} of {total:.1f} GiB free)"
 
 # %% ../nbs/13d_painting.ipynb #fbdc128a
-def paint(model: LoadedModel, jobs: Sequence[Commission], clock: Callable[[], float], most: int = 16) -> None:
-    "Draw `jobs`, which differ in prompt and seed alone, with `model`; each then has its drawings or has failed."
+def paint(model: LoadedModel, jobs: Sequence[Commission], clock: Callable[[], float], most: int = 16,
+          clear: Callable[[], Sequence[str]] = list) -> None:
+    """Draw `jobs`, which differ in prompt and seed alone, with `model`; each then has its drawings or has failed.
+
+    Parameters
+    ----------
+    clock: seconds. most: pictures in one call, 1…16. clear: sends away who else uses the device's memory; who left.
+    """
     waiting, request = [Shot(job, k) for job in jobs for k in range(job.request.num_images)], jobs[0].request
     while waiting := [shot for shot in waiting if shot.of.failed is None]:
         calls = math.ceil(len(waiting) / min(most, most_at_once(model, request, most)))
@@ -435,7 +447,7 @@ def paint(model: LoadedModel, jobs: Sequence[Commission], clock: Callable[[], fl
         try: one_call(model, now, clock)
         except ExecutionError as problem:
             if all(shot.of.failed for shot in now): continue  # all were stopped
-            said = try_less(model, now) if isinstance(problem, OutOfMemory) else None
+            said = (left_alone(clear) or try_less(model, now)) if isinstance(problem, OutOfMemory) else None
             if said: _tell(now, said)
             elif len(now) > 1: most = 1
             else: now[0].of.failed = problem
@@ -458,6 +470,7 @@ def one_call(model: LoadedModel, shots: Sequence[Shot], clock: Callable[[], floa
         job.calls_done += 1
         for drawing in job.drawings: drawing.meta["duration_ms"] = round((clock() - (job.began or 0)) * 1000)
 
+# %% ../nbs/13d_painting.ipynb #a8d6db26
 def _plan(waiting: Sequence[Shot], size: int) -> None:
     "Tell each job how many calls it will have taken part in, for its count of steps."
     taken: dict[int, set[int]] = {}

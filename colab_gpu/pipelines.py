@@ -187,7 +187,9 @@ def translated(explain: Callable[[Exception], ColabGPUError]) -> Iterator[None]:
     except ColabGPUError: raise
     except Exception as e:
         problem = explain(e)
-        for each in chain(e): traceback.clear_frames(each.__traceback__)
+        for each in chain(e):  # `problem` will have `e` as its context, whatever `from` says; what its frames hold shall not live on
+            traceback.clear_frames(each.__traceback__)
+            each.__traceback__ = None
         raise problem from None
 
 # %% ../nbs/13c_pipelines.ipynb #a7b38967

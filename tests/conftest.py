@@ -120,6 +120,35 @@ def work(processes):
     return start
 
 
+@pytest.fixture
+def server(tmp_path):
+    """A server in this process, on a free port."""
+    from colab_gpu.server import QueueServer
+
+    with QueueServer({"GPU_WORKER_TOKEN": TOKEN, "COLAB_GPU_DATA": str(tmp_path / "data")}) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server):
+    """A client of `server`."""
+    from colab_gpu.client import Client
+
+    with Client(server.url, "") as client:
+        yield client
+
+
+@pytest.fixture
+def stand_in(processes):
+    """Starts a stand-in for the Ollama daemon; its address."""
+
+    def start(**env):
+        process = processes(sys.executable, ROOT / "tests" / "ollama_daemon.py", "serve", **{"OLLAMA_HOST": "127.0.0.1:0", **env})
+        return "http://" + process.wait_for(r"Listening on (\S+)")[1]
+
+    return start
+
+
 @pytest.fixture(scope="session")
 def one_thread():
     "Pictures this small gain nothing from a second thread, and on a busy machine two that wait for each other cost tenfold."

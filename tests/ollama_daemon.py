@@ -7,11 +7,12 @@ answered with its own words; words in brackets steer the answer:
 
     [tokens=N] N tokens instead      [rate=R] R tokens a second        [hold] nothing, until the caller hangs up
     [busy] 503                       [error=N] an error frame after N tokens     [cut=N] the connection ends there
-    [die=N] the process ends there   [oom] 500, as when a model doesn't fit      [fail] 500
+    [die=N] the process ends there   [oom] 500, as when a model doesn't fit ([oom=N]: so many times)      [fail] 500
     [wait=N] waits after N tokens, until somebody asks for GET /stand-in/go
     [think] thinks first             [call] calls the first tool                 [stuck] never unloads
 
 What it has seen is at `GET /stand-in`. Models are those named in STAND_IN_MODELS (comma list); it can pull those in STAND_IN_LIBRARY.
+STAND_IN_SIZES (comma list of name=bytes) says how large they are, where half a gigabyte will not do.
 """
 
 import hashlib
@@ -41,8 +42,15 @@ class State:
     def __init__(self):
         def names(variable, default=""): return {full(n) for n in os.environ.get(variable, default).split(",") if n}
         self.models, self.library = names("STAND_IN_MODELS", "llama3:8b"), names("STAND_IN_LIBRARY")
+        self.sizes = {full(n): int(size) for n, _, size in (row.partition("=") for row in os.environ.get("STAND_IN_SIZES", "").split(",") if row)}
+        self.asked, self.memory = {}, {}
         self.loaded, self.stuck, self.lock, self.go = {}, set(), threading.Lock(), threading.Event()
-        self.seen = {"requests": [], "tokens": 0, "stopped": 0, "stopped_at": 0.0, "pulls": [], "pulling": 0, "most_pulling": 0, "unloads": [], "bodies": []}
+        self.seen = {"requests": [], "tokens": 0, "stopped": 0, "stopped_at": 0.0, "busy": 0, "pulls": [], "pulling": 0, "most_pulling": 0, "unloads": [], "bodies": []}
+
+    def lacking(self, text, times):
+        """Whether this prompt came at most so many times."""
+        with self.lock: self.asked[text] = self.asked.get(text, 0) + 1
+        return self.asked[text] <= times
 
     def count(self, name, by=1):
         with self.lock:
@@ -75,12 +83,12 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/tags": return self.json({"models": [model_row(n) for n in sorted(STATE.models)]})
         if path == "/api/ps":
             with STATE.lock:
-                rows = [{**model_row(n), "expires_at": until, "size_vram": SIZE, "context_length": 4096} for n, until in STATE.loaded.items()]
+                rows = [{**model_row(n), "expires_at": until, "size_vram": STATE.sizes.get(n, SIZE), "context_length": 4096} for n, until in STATE.loaded.items()]
             return self.json({"models": rows})
         if path == "/stand-in/go":
             STATE.go.set()
             return self.json({})
-        if path == "/stand-in": return self.json({**STATE.seen, "loaded": list(STATE.loaded), "pid": os.getpid()})
+        if path == "/stand-in": return self.json({**STATE.seen, "loaded": list(STATE.loaded), "memory": sum(size for [size] in list(STATE.memory.values())), "pid": os.getpid()})
         return self.answer(404, b"404 page not found", "text/plain")
 
     def do_POST(self):
@@ -93,11 +101,13 @@ class Handler(BaseHTTPRequestHandler):
             del STATE.seen["bodies"][:-20]
         act = {"/api/generate": self.generate, "/api/chat": self.generate, "/api/embed": self.embed, "/api/pull": self.pull}.get(self.path)
         if act is None: return self.answer(404, b"404 page not found", "text/plain")
+        STATE.count("busy")
         try: act(body)
         except (Gone, BrokenPipeError, ConnectionResetError):
             STATE.seen["stopped_at"] = time.monotonic()
             STATE.count("stopped")
             self.close_connection = True
+        finally: STATE.count("busy", -1)
 
     # --- how answers are framed
 
@@ -148,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
         text = (messages[-1].get("content") or "" if messages else "") if chat else body.get("prompt") or ""
         steer = dict(re.findall(r"\[(\w+)(?:=(\d+))?\]", text))
         if "busy" in steer: return self.json({"error": "server busy, please try again.  maximum pending requests exceeded"}, 503)
-        if "oom" in steer: return self.json({"error": "model requires more system memory (9.1 GiB) than is available (3.2 GiB)"}, 500)
+        if "oom" in steer and (not steer["oom"] or STATE.lacking(text, int(steer["oom"]))): return self.json({"error": "model requires more system memory (9.1 GiB) than is available (3.2 GiB)"}, 500)
         if "fail" in steer: return self.json({"error": "llama runner process has terminated: exit status 2"}, 500)
         if body.get("think") and "think" not in steer and name.startswith("llama3"):
             return self.json({"error": f'"{name}" does not support thinking'}, 400)
@@ -161,13 +171,22 @@ class Handler(BaseHTTPRequestHandler):
         return self.write(body, name, chat, steer, text, began, load_ns)
 
     def load(self, name, body):
-        with STATE.lock: STATE.loaded[name] = (datetime.now(UTC) + timedelta(minutes=5)).isoformat().replace("+00:00", "Z")
+        with STATE.lock:
+            STATE.loaded[name] = (datetime.now(UTC) + timedelta(minutes=5)).isoformat().replace("+00:00", "Z")
+            STATE.memory[name] = [STATE.sizes.get(name, SIZE)]
+
+    def end_runner(self, name):
+        """It is off the list first, and its memory comes back only then."""
+        with STATE.lock:
+            STATE.loaded.pop(name, None)
+            held = STATE.memory.get(name)
+        threading.Timer(0.2, lambda: STATE.memory.pop(name, None) if STATE.memory.get(name) is held else None).start()
 
     def load_or_unload(self, body, name, chat):
         unload = body.get("keep_alive") in (0, "0", "0s")
         if unload:
             STATE.seen["unloads"].append(name)
-            if name not in STATE.stuck: threading.Timer(0.05, STATE.loaded.pop, (name, None)).start()  # as there: it answers before the runner has ended
+            if name not in STATE.stuck: threading.Timer(0.05, self.end_runner, (name,)).start()  # as there: it answers before the runner has ended
         else: self.load(name, body)
         return self.json({"model": body["model"], "created_at": now(), **({"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}),
                           "done": True, "done_reason": "unload" if unload else "load"})
@@ -249,7 +268,7 @@ class Handler(BaseHTTPRequestHandler):
 def model_row(name):
     family = name.partition(":")[0]
     details = {"parent_model": "", "format": "gguf", "family": family, "families": [family], "parameter_size": "8.0B", "quantization_level": "Q4_0"}
-    return {"name": name, "model": name, "modified_at": "2026-11-01T12:00:00Z", "size": SIZE, "digest": hashlib.sha256(name.encode()).hexdigest(), "details": details}
+    return {"name": name, "model": name, "modified_at": "2026-11-01T12:00:00Z", "size": STATE.sizes.get(name, SIZE), "digest": hashlib.sha256(name.encode()).hexdigest(), "details": details}
 
 
 def vector(text, dimensions):

@@ -1,5 +1,6 @@
 """Processes and wires for the tests of client and worker: servers, a worker, and a connection that fails on purpose."""
 
+import json
 import os
 import re
 import socket
@@ -8,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 import zlib
 from pathlib import Path
 
@@ -25,6 +27,12 @@ def eventually(fact, what="it", timeout_s=60):
         assert time.monotonic() < end, f"{what} did not come true"
         time.sleep(0.01)
     return value
+
+
+def seen(url, path="/stand-in"):
+    "What the stand-in Ollama at `url` has seen; with another `path`, what it answers there."
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url + path) as answer:
+        return json.load(answer)
 
 
 def png(side=8, colour=(204, 68, 52), noise=0):

@@ -9,41 +9,25 @@ import stat
 import subprocess
 import sys
 import threading
-import urllib.request
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import TOKEN
-from processes import eventually
+from processes import eventually, seen
 
 from colab_gpu.chat import ChatExecutor, EmbedExecutor, Guard, Ollama, ollama_client, unload
-from colab_gpu.cli import _check_chat
 from colab_gpu.client import Client
 from colab_gpu.config import Settings
 from colab_gpu.daemon import USUAL_PLACES, Daemon, find_program
+from colab_gpu.doctor import look_at_chat
 from colab_gpu.errors import ExecutionError, Interrupted, InvalidInput, InvalidPayload, OutOfMemory, Transient
 from colab_gpu.jobs import LocalContext
 
 pytest.importorskip("ollama")
 HERE = Path(__file__).resolve().parent
 posix = pytest.mark.skipif(os.name == "nt", reason="the shim is a POSIX script")
-
-
-def seen(url, path="/stand-in"):
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url + path) as answer:
-        return json.load(answer)
-
-
-@pytest.fixture
-def stand_in(processes):
-    """Starts a stand-in daemon; its address."""
-    def start(**env):
-        process = processes(sys.executable, HERE / "ollama_daemon.py", "serve", **{"OLLAMA_HOST": "127.0.0.1:0", **env})
-        url = "http://" + process.wait_for(r"Listening on (\S+)")[1]
-        return url
-    return start
 
 
 @pytest.fixture
@@ -341,6 +325,10 @@ def test_the_holder_leaves(stand_in):
     assert chat.models() == [] and chat.held_bytes() == 0 and seen(url)["unloads"] == ["a:latest", "b:latest", "c:latest"]
     chat.run({"prompt": "[stuck]", "model": "a"}, Ctx())
     assert unload(chat.ollama, "a:latest", timeout_s=0.1) is False
+    chat.run({"prompt": "x", "model": "b"}, Ctx())
+    chat.ollama.unload_s = 0.1
+    chat.leave(1)
+    assert chat.models() == ["a:latest"], "what has not left has freed nothing: the next one is asked"
 
 
 class Turns:
@@ -349,7 +337,7 @@ class Turns:
     def join(self, holder): self.joined.append(holder)
     @contextmanager
     def turn(self, family, need_bytes=0, check=lambda: None):
-        self.turns.append((family, need_bytes))
+        self.turns.append((family, need_bytes() if callable(need_bytes) else need_bytes))
         yield
 
 
@@ -571,14 +559,14 @@ def test_what_the_worker_and_the_doctor_say_without_ollama(serve, tmp_path):
     bare = {"OLLAMA_URL": f"http://127.0.0.1:{free_port()}", "START_OLLAMA": "0", "COLAB_GPU_DATA": str(tmp_path)}
     code, _, err = run_cli(server, "worker", "--once", "--tools", "ollamaChat", **bare)
     assert code in (1, 2) and ("ollamaChat" in err or "Ollama" in err)
-    what, state, detail = _check_chat(Settings(bare, environ={}))
-    assert (what, state) == ("chat", "note") and "run `ollama serve`, or set START_OLLAMA=1" in detail
+    found = look_at_chat(Settings(bare, environ={}))
+    assert (found.what, found.state) == ("chat", "note") and "run `ollama serve`, or set START_OLLAMA=1" in found.detail
 
 
 def test_the_doctor_finds_ollama(stand_in, shim):
     url = stand_in()
-    assert _check_chat(settings(url)) == ("chat", "ok", f"Ollama 0.12.6 at {url}")
-    assert _check_chat(settings(f"http://127.0.0.1:{free_port()}", START_OLLAMA="1"))[1] == "ok"
+    assert look_at_chat(settings(url))[:2] == ("chat", "ok") and f"Ollama 0.12.6 at {url}" in look_at_chat(settings(url)).detail
+    assert look_at_chat(settings(f"http://127.0.0.1:{free_port()}", START_OLLAMA="1")).state == "ok"
 
 
 # --- a real Ollama, where there is one

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import TOKEN
 
+from colab_gpu.client import Client
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -105,12 +107,28 @@ def test_help_and_version(cli):
         assert cli(command, "--help")[0] == 0
 
 
-def test_doctor(cli):
-    code, out, _ = cli("doctor", "--json")
+def test_doctor(cli, stand_in, tmp_path):
+    "All is well on this machine, but for what it was told wrong; each of those is named, with what mends it."
+    ollama = stand_in()
+    well = {"STACK_WORKER_TOKEN": TOKEN, "COLAB_GPU_DATA": str(tmp_path / "not" / "yet"), "OLLAMA_URL": ollama}
+    code, out, _ = cli("doctor", "--json", **well)
     rows = {row["what"]: row for row in json.loads(out)}
-    assert rows["server"]["state"] == "ok" and rows["STACK_WORKER_TOKEN"]["state"] == "note"
-    assert rows["images"]["state"] == "ok" or "pip install" in rows["images"]["detail"]
-    assert (code == 1) == any(row["state"] == "missing" for row in rows.values())
+    assert {what: rows[what]["state"] for what in ("server", "STACK_WORKER_TOKEN", "GPU_CLIENT_TOKEN", "data folder")} == dict.fromkeys(
+        ("server", "STACK_WORKER_TOKEN", "GPU_CLIENT_TOKEN", "data folder"), "ok")
+    assert "GPU_WORKER_TOKEN" in rows and {"accelerator", "model cache", "Python"} <= rows.keys() and not (tmp_path / "not").exists(), "it changes nothing"
+    assert (rows["chat"]["state"] == "ok" and f"Ollama 0.12.6 at {ollama}" in rows["chat"]["detail"]) or "colab-gpu[chat]" in rows["chat"]["mend"]
+    assert (rows["images"]["state"] == "ok" and "diffusers" in rows["images"]["detail"]) or "colab-gpu[images]" in rows["images"]["mend"]
+    assert code == (1 if any(row["state"] == "missing" for row in rows.values()) else 0)
+    (tmp_path / "file").touch()
+    code, out, err = cli("doctor", STACK_WORKER_TOKEN="not-the-token", COLAB_GPU_DATA=str(tmp_path / "file" / "data"), WORKER_TOOLS="ollamaChat",
+                         OLLAMA_URL="http://127.0.0.1:9", START_OLLAMA="0", GPU_MAX_PENDING_JOBS="many")
+    wrong = {line.split()[1]: line for line in out.splitlines() if line.startswith("missing")}
+    assert code == 1 and "not-the-token" not in out + err and TOKEN not in out + err
+    assert "export STACK_WORKER_TOKEN=… (the server's GPU_WORKER_TOKEN)" in wrong["STACK_WORKER_TOKEN"] and "COLAB_GPU_DATA" in wrong["data"]
+    assert "must be a whole number" in wrong["GPU_MAX_PENDING_JOBS"] and ("ollama serve" in wrong["chat"] or "pip install" in wrong["chat"])
+    assert cli("jobs", "--json")[1].strip() == "[]" and not Client(cli.server.url, "").workers(), "nothing was asked of the queue"
+    code, out, _ = cli("doctor", STACK_API_BASE="http://127.0.0.1:9")
+    assert code == 1 and "colab-gpu serve, or set STACK_API_BASE" in next(line for line in out.splitlines() if line.startswith("missing  server"))
 
 
 def test_interrupting_a_wait_is_130(processes, serve):

@@ -18,16 +18,6 @@ from colab_gpu.server import QueueServer
 OURS = {"X-Protocol": "1"}
 
 
-@pytest.fixture
-def server(tmp_path):
-    with QueueServer({"GPU_WORKER_TOKEN": TOKEN, "COLAB_GPU_DATA": str(tmp_path / "data")}) as server: yield server
-
-
-@pytest.fixture
-def client(server):
-    with Client(server.url, "") as client: yield client
-
-
 class Attendant:
     "A worker's calls, one by one."
     def __init__(self, url): self.transport = Transport(url, TOKEN)

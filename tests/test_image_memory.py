@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 
 import numpy as np
 import torch
+from card import Scarce
 from PIL import Image
 
 from colab_gpu import painting
@@ -52,21 +53,6 @@ def job(seed=7, **more):
 
 def image(ctx):
     return np.asarray(Image.open(io.BytesIO(ctx.artifacts["image.png"][0])), int)
-
-
-class Scarce:
-    "Memory that suffices while `enough(pipe, pictures)`; the denoiser and the decoder run out of it otherwise."
-
-    def __init__(self, model, monkeypatch, enough, where="unet"):
-        self.calls, part = [], getattr(model.pipe, where)
-        name = "decode" if where == "vae" else "forward"
-        whole = getattr(part, name)
-
-        def short(sample, *args, **kwargs):
-            self.calls.append(len(sample))
-            if not enough(model, len(sample)): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
-            return whole(sample, *args, **kwargs)
-        monkeypatch.setattr(part, name, short)
 
 
 # ---- the ladder -----------------------------------------------------------------------------------------------------
@@ -195,7 +181,7 @@ class OneAtATime:
     @contextlib.contextmanager
     def turn(self, family, need_bytes=0, check=lambda: None):
         check()
-        self.turns.append((family, need_bytes))
+        self.turns.append((family, need_bytes() if callable(need_bytes) else need_bytes))
         yield
 
 
@@ -245,6 +231,22 @@ def test_on_a_card_models_wait_in_the_machines_own_memory(models, monkeypatch):
     model.device = "cpu"
     assert artist.shelf.needs(model.source) == model.size > 0
     assert artist.run(*job())["load_ms"] == 0 and moved == ["cpu", "cpu"] and artist.held_bytes() == model.size
+
+
+def test_a_model_that_is_half_moved_away_is_dropped(models, monkeypatch):
+    "Half of it on the card and half not, it could not draw any more, and nobody would load it anew."
+    artist = executor(models[0])
+    before = artist.draw("x", seed=7, **SMALL).png
+    model = model_of(artist)
+    model.device = "cuda"
+
+    def to(where):
+        model.pipe.unet.to(torch.float64)  # as good as elsewhere
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(model.pipe, "to", to)
+    artist.leave(1 << 60)
+    assert (artist.models(), artist.held_bytes()) == ([], 0)
+    assert artist.draw("x", seed=7, **SMALL).png == before
 
 
 # ---- known models ---------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ MUST_NOT_KNOW = {
     "guard": {"*"}, "runs": {"httpd", "server"}, "hearts": {"httpd", "server", "outbox"}, "outbox": {"client", "hearts", "httpd", "server"},
     "daemon": {"jobs", "httpd", "server"}, "chat": {"httpd", "server"}, "providers": {"httpd", "server"},
     "tools": {"config", "store", "httpd"}, "tunnel": {"jobs"}, "panel": {"httpd", "store", "sqlite3"}, "mcp_server": {"server", "broker", "store"},
-    "cli": {"broker", "store"},
+    "doctor": {"jobs", "broker", "store", "httpd", "server", "worker"}, "cli": {"broker", "store"},
 }
 # What a room must not reach at all, through whatever it imports: server and worker meet at the contract alone.
 OUT_OF_REACH = {
@@ -42,8 +42,8 @@ OUT_OF_REACH = {
     "client": {"server", "store", "broker", "httpd", "worker"}, "images": {"server", "worker"}, "daemon": {"server", "worker"}, "chat": {"server", "worker"},
     "tools": {"server", "worker", "client"}, "providers": {"server", "worker", "images"},
 }
-# Third-party names live in one room each (`cli`: what `colab-gpu doctor` looks at).
-HOMES = {"torch": {"pipelines", "gpu", "cli"}, "diffusers": {"pipelines", "cli"}, "transformers": {"pipelines"}, "accelerate": {"pipelines"},
+# Third-party names live in one room each (`doctor` looks whether they can be imported).
+HOMES = {"torch": {"pipelines", "gpu", "doctor"}, "diffusers": {"pipelines", "doctor"}, "transformers": {"pipelines"}, "accelerate": {"pipelines"},
          "safetensors": {"pipelines"}, "tokenizers": {"pipelines"}, "PIL": {"pictures", "painting"}, "numpy": {"painting"}, "requests": {"client"},
          "google": {"config"}, "ollama": {"chat"}, "httpx": {"chat"}, "ipywidgets": {"panel"}, "IPython": {"panel"}, "pyngrok": {"tunnel"},
          "psycopg": {"postgres"}, "mcp": {"mcp_server", "providers"}, "httpx2": {"providers"}, "fsspec": {"archive"}}
@@ -52,7 +52,7 @@ LOADS = {"client": {"requests"}, "panel": {"ipywidgets", "IPython"}, "mcp_server
 LONGEST = 45
 # Debts, to be paid off: exported cells that are longer (they may get fewer), public names without a docstring.
 LONG_CELLS = {"01_config": 1, "02_jobs": 2, "03_store": 6, "05_broker": 3, "06_archive": 2, "07_httpd": 8, "08_server": 5, "12_client": 4,
-              "14_images": 1, "15b_runs": 1, "15c_guard": 1, "15d_hearts": 2, "15e_outbox": 1, "16_worker": 1, "20_cli": 3}
+              "14_images": 1, "15b_runs": 1, "15c_guard": 1, "15d_hearts": 2, "15e_outbox": 1, "16_worker": 1, "20_cli": 2}
 UNDOCUMENTED = {("httpd", "is_json"), ("server", "flag_of")}
 
 

@@ -167,6 +167,26 @@ def test_who_looks_ahead_leaves_a_job_to_who_sits_idle(turns, tmp_path):
     loop(main, SQLiteStore(tmp_path / "queue.db"))
 
 
+def test_who_looks_ahead_in_the_moment_of_the_wake_up_leaves_the_job_too(tmp_path):
+    async def main(broker):
+        await broker.acall(rules.submit, JobSpec("errand"))
+        busy, looks, plain = Ask("busy", "busy"), [], broker.waiters.wake
+        await lease_within(broker, busy)
+        idle = asyncio.create_task(lease_within(broker, Ask("idle", "idle"), 600))
+        while len(broker.waiters) < 1: await asyncio.sleep(0)
+        await broker.acall(lambda tx, at: None)
+
+        def wake(*args):
+            looks.append(asyncio.create_task(lease_within(broker, busy)))  # before the one that is woken has its turn
+            return plain(*args)
+
+        broker.waiters.wake = wake
+        job = await broker.acall(rules.submit, JobSpec("errand"))
+        assert [each.id for each in await idle] == [job.id] and [await look for look in looks] == [[]]
+
+    loop(main, SQLiteStore(tmp_path / "queue.db"))
+
+
 # ---- why a job waits
 
 

@@ -62,16 +62,6 @@ def serve(tmp_path, **given): return QueueServer({"GPU_WORKER_TOKEN": TOKEN, "CO
 
 
 @pytest.fixture
-def server(tmp_path):
-    with serve(tmp_path) as server: yield server
-
-
-@pytest.fixture
-def client(server):
-    with Client(server.url, "") as client: yield client
-
-
-@pytest.fixture
 def gate(tmp_path):
     "The payload of a `gate` job, and who has begun it so far."
     class Gate:

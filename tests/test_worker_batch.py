@@ -58,16 +58,6 @@ def states(jobs): return {n: job.refresh().status for n, job in jobs.items()}
 def after(worker, word): return [line for line in worker.lines if word in line]
 
 
-@pytest.fixture
-def server(tmp_path):
-    with serve(tmp_path) as server: yield server
-
-
-@pytest.fixture
-def client(server):
-    with Client(server.url, "") as client: yield client
-
-
 # ---- one call, several jobs
 
 
