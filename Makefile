@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 pytho
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; exit; }; done; echo python3)
 
 .NOTPARALLEL:
-.PHONY: help demo test lint nbs bench clean
+.PHONY: help demo test lint nbs bench soak clean
 
 help:   ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,11 @@ bench:  ## measure (needs wrk)
 	@$(SETUP) images chat dev
 	@$(RUN) benchmarks/bench_server.py
 	@$(RUN) benchmarks/bench_worker.py
+	@$(RUN) benchmarks/bench_idle.py
+
+soak:   ## ten minutes of killed workers, killed servers and broken connections, then a count of what was lost
+	@$(SETUP) images chat dev
+	@$(RUN) -m tests.chaos.soak
 
 clean:  ## remove the environment and what tools leave behind
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -105,8 +105,10 @@ class Ask:
         return model is not None and bool(self.models) and (model in self.models or f"{model}:latest" in self.models)
 
 # %% ../nbs/05_broker.ipynb #2dde3ef5
-def lease(tx: Tx, at: At, ask: Ask, servable: Callable[[str], bool] | None = None, passed: Passed | None = None) -> list[Job]:
-    """Grant up to `ask.most` jobs to one worker: the first by priority and age, and others that can share its batch. Empty when none is ready.
+def lease(tx: Tx, at: At, ask: Ask, servable: Callable[[str], bool] | None = None, passed: Passed | None = None) -> list[Job] | None:
+    """Grant up to `ask.most` jobs to one worker: the first by priority and age, and others that can share its batch.
+
+    Empty when none is ready; `None` for the echo of a question whose grant has been used already: nobody waits for that answer.
 
     Parameters
     ----------
@@ -114,6 +116,7 @@ def lease(tx: Tx, at: At, ask: Ask, servable: Callable[[str], bool] | None = Non
     """
     request = _question(ask)
     if request is not None and (held := tx.by_lease_request(request)): return held
+    if request is not None and tx.used(request): return None
     names = [name for name in list(tx.lanes()) if ask.serves(name) and (servable is None or servable(name))]
     head = _warm_first(tx, at, ask, names, passed) if passed is not None and ask.models and ask.standby_s is None else _first(tx, at, ask, names)
     if head is None: return []
@@ -352,9 +355,9 @@ def retry(tx: Tx, at: At, job_id: str) -> Job:
                                   old.requirements, retry_of=old.id, model=old.model, webhook=old.webhook))
 
 # %% ../nbs/05_broker.ipynb #ef445ea3
-def reap(tx: Tx, at: At, most: int = 500) -> int:
-    "Move every job whose time has come, up to `most` of each sort; returns how many moved."
-    overdue, expired, due = tx.overdue(at.now_ms, most), tx.expired(at.now_ms, most), tx.due(at.now_ms, most)
+def reap(tx: Tx, at: At, most: int = 500, leases: bool = True) -> int:
+    "Move every job whose time has come, up to `most` of each sort, with `leases` also those whose lease has run out; returns how many moved."
+    overdue, expired, due = tx.overdue(at.now_ms, most), tx.expired(at.now_ms, most) if leases else [], tx.due(at.now_ms, most)
     for job in overdue:
         job.detail, job.error_kind = "No worker took the job within its queueTimeoutSeconds.", "timeout"
         _end(tx, at, job, "expire")
@@ -699,7 +702,8 @@ async def lease_within(broker: Broker, ask: Ask, wait_s: float = 0, info: Mappin
             if number: worker.polls[number] = wake
             try:
                 may = _servable(broker, ask, ahead=not wait_s and bool(worker.jobs))
-                jobs = await broker.acall(lease, ask, may, broker.passed, undo=lambda jobs: _give_back(broker, jobs))
+                jobs = await broker.acall(lease, ask, may, broker.passed, undo=lambda jobs: _give_back(broker, jobs or []))
+                if jobs is None: return []
                 owed = owed - {job.lane for job in jobs} if jobs else set()
                 left = deadline - broker.clock()
                 if jobs or left <= 0 or broker.closing:
@@ -725,6 +729,7 @@ def _give_back(broker: Broker, jobs: list[Job]) -> None:
 def _ungrant(tx: Tx, at: At, granted: Job) -> None:
     job = tx.get(granted.id)
     if job is None or job.status != "leased" or job.grants != granted.grants: return
+    job.lease_request = None  # its worker asks again, and has heard of nothing
     _hand_back(tx, at, job)
 
 def _wake(broker: Broker, lane: str, model: str | None = None) -> None:
@@ -912,11 +917,12 @@ def _resumed(broker: Broker, channel: Channel, after: str | None) -> int:
 
 # %% ../nbs/05_broker.ipynb #8889971d
 async def reap_forever(broker: Broker, every_s: float = 0.25) -> None:
-    "Reap whatever is due, for as long as the task lives."
+    "Reap whatever is due, for as long as the task lives; leases not before half a lease has passed."
+    fair_ms = broker.now_ms() + round(broker.policy.heartbeat_lease_s * 500)
     while True:
         try:
-            due_ms = broker.read(lambda r: r.next_due_ms())
-            moved = await broker.acall(reap) if due_ms is not None and due_ms <= broker.now_ms() else 0
+            due_ms, now_ms = broker.read(lambda r: r.next_due_ms()), broker.now_ms()
+            moved = await broker.acall(reap, 500, now_ms >= fair_ms) if due_ms is not None and due_ms <= now_ms else 0
         except ColabGPUError as e:
             log.warning("due jobs wait: %s", e)
             moved = 0

@@ -47,6 +47,7 @@ class Tx(Reader, Protocol):
     def extend(self, job: Job) -> None: "Store only `job.lease_until_ms`: the commonest write, kept small."
     def by_key(self, key: str) -> Job | None: "The job submitted under that idempotency key."
     def by_lease_request(self, request: str) -> list[Job]: "The jobs granted to that lease request."
+    def used(self, request: str) -> bool: "Whether a lease granted to that lease request has spoken: its worker got the answer."
     def heads(self, lane: str, limit: int = 1) -> list[Job]: "The first ready jobs of a lane: by priority, then age."
     def line(self, lane: str, limit: int) -> list[Place]: "The same jobs as `heads`, as places: without their payloads, which may be large."
     def note_webhook(self, job: Job) -> None: "Store only `job.webhook_due_ms` and `job.webhook_status`, of a job that has ended."
@@ -148,6 +149,8 @@ class _MemoryTx:
     def get(self, job_id: str) -> Job | None: return next(iter(self._where(lambda j: j.id == job_id)), None)
     def by_key(self, key: str) -> Job | None: return next(iter(self._where(lambda j: j.idempotency_key == key)), None)
     def by_lease_request(self, request: str) -> list[Job]: return self._where(lambda j: j.lease_request == request and j.status == "leased")
+    def used(self, request: str) -> bool:
+        return bool(self._where(lambda j: j.lease_request == request and j.result_digest is not None, 1))
     def heads(self, lane: str, limit: int = 1) -> list[Job]:
         return sorted(self._where(lambda j: j.status == "queued" and j.ready and j.lane == lane), key=lambda j: (j.rank, j.seq))[:limit]
     def line(self, lane: str, limit: int) -> list[Place]: return [Place(j.rank, j.seq, j.id, j.model) for j in self.heads(lane, limit)]
@@ -412,6 +415,8 @@ class SQLiteTx(_Updates):
     def by_key(self, key: str) -> Job | None: return self._one("WHERE j.idempotency_key = ?", key)
     def by_lease_request(self, request: str) -> list[Job]:
         return self._jobs("WHERE j.lease_request = ? AND j.status = 'leased' ORDER BY j.rank, j.seq", request)
+    def used(self, request: str) -> bool:
+        return bool(self.db.execute("SELECT 1 FROM jobs WHERE lease_request = ? AND result_digest IS NOT NULL LIMIT 1", (request,)).fetchone())
     def heads(self, lane: str, limit: int = 1) -> list[Job]:
         return self._jobs("WHERE j.ready = 1 AND j.lane = ? ORDER BY j.rank, j.seq LIMIT ?", lane, limit)
     def line(self, lane: str, limit: int) -> list[Place]:

@@ -189,11 +189,14 @@ def reap(b, now):
 
 
 def choose(beliefs, ask, now):
-    "The jobs a worker should get, in order: the first by priority and age, and its batch."
+    "The jobs a worker should get, in order: the first by priority and age, and its batch; `None` for an echo."
     request = None if ask.request is None else (ask.worker, ask.instance, ask.request)
-    held = [b for b in beliefs if b.status == "leased" and request is not None and b.request == request]
+    known = [b for b in beliefs if request is not None and b.request == request]
+    held = [b for b in known if b.status == "leased"]
     if held:
         return held, True
+    if any(b.said is not None for b in known):
+        return None, False
     able = [b for b in beliefs if b.status == "queued" and b.ready and (ask.tools is None or b.tool in ask.tools) and b.tags <= ask.tags]
     if ask.standby_s is not None:
         able = [b for b in able if now - (b.not_before or b.enqueued) >= ask.standby_s * 1000]
@@ -331,9 +334,19 @@ class Rules(RuleBasedStateMachine):
         worker, instance, request = data.draw(st.sampled_from([b.request for b in self.model.values() if b.status == "leased" and b.request]))
         self.lease_one(Ask(worker, instance, tools, request=request))
 
+    @precondition(lambda self: any(b.said is not None and b.request for b in self.model.values()))
+    @rule(data=st.data())
+    def echo(self, data):
+        worker, instance, request = data.draw(st.sampled_from([b.request for b in self.model.values() if b.said is not None and b.request]))
+        self.lease_one(Ask(worker, instance, request=request))
+
     def lease_one(self, ask):
         wanted, again = choose(list(self.model.values()), ask, self.now)
         jobs = self.broker.call(rules.lease, ask)
+        if wanted is None:
+            SEEN["lease", "echo"] += 1
+            assert jobs is None, "its grant has been used"
+            return 0
         SEEN["lease", f"{len(jobs)}{' again' if again else ''}{' standby' if ask.standby_s else ''}"] += 1
         if again:
             assert {j.id for j in jobs} == {b.id for b in wanted}, "asked again, the same answer"
@@ -418,6 +431,7 @@ class Rules(RuleBasedStateMachine):
         self.store.run(lambda tx: rules._ungrant(tx, rules.At(self.now, POLICY), granted))
         b = self.model[granted.id]
         if b.status == "leased" and b.grants == granted.grants:
+            b.request = None
             hand_back(b)
 
     @rule(seconds=st.sampled_from([0, 1, 3, 6, 11, 101]))
@@ -506,7 +520,7 @@ def test_the_rules_do_what_the_model_says(name, examples):
     for folder in folders:
         folder.cleanup()
     wanted = {("finish", "leased > completed"), ("fail", "leased > queued"), ("release", "leased > queued"), ("reap", "leased > queued"), ("finish", "ResultConflict"),
-              ("extend", "leased > leased"), ("cancel", "queued > canceled"), ("lease", "1"), ("extend", "JobEnded")}
+              ("extend", "leased > leased"), ("cancel", "queued > canceled"), ("lease", "1"), ("lease", "echo"), ("extend", "JobEnded")}
     assert wanted <= SEEN.keys(), "the machine hardly did anything"
 
 
@@ -589,6 +603,33 @@ def test_two_workers_whose_names_run_together_do_not_share_a_lease(store):
     assert broker.call(rules.lease, Ask("a", "b/c", request="r"))
     assert broker.call(rules.lease, Ask("a/b", "c", request="r")) == [] == broker.call(rules.lease, Ask("a", "b", request="c/r"))
     assert broker.call(rules.lease, Ask("a", None, request="r")) == [] == broker.call(rules.lease, Ask("a", "None", request="r"))
+
+
+def test_an_echo_of_a_used_question_takes_no_job(store):
+    broker, ask, again = Broker(store), Ask("a", "i", request="r"), Ask("a", "i", request="s")
+    first, second = (broker.call(rules.submit, JobSpec("errand")) for _ in "ab")
+    [job] = broker.call(rules.lease, ask)
+    broker.call(rules.finish, job.id, job.lease_token, {})
+    assert broker.call(rules.lease, ask) is None and broker.get(second.id).attempts == 0
+    assert [j.id for j in broker.call(rules.lease, again)] == [second.id] != [first.id]
+
+
+def test_a_question_whose_grant_ran_out_unheard_is_no_echo(store):
+    clock = Clock()
+    broker, ask = Broker(store, clock=clock), Ask("a", "i", request="r")
+    job = broker.call(rules.submit, JobSpec("errand"))
+    broker.call(rules.lease, ask)
+    clock.now += 61
+    broker.call(rules.reap)
+    assert [j.id for j in broker.call(rules.lease, ask)] == [job.id] and broker.get(job.id).attempts == 2
+
+
+def test_a_question_whose_grant_was_taken_back_unheard_is_no_echo(store):
+    broker, ask = Broker(store), Ask("a", "i", request="r")
+    job = broker.call(rules.submit, JobSpec("errand"))
+    granted = broker.call(rules.lease, ask)
+    rules._give_back(broker, granted)
+    assert [j.id for j in broker.call(rules.lease, ask)] == [job.id] and broker.get(job.id).attempts == 1
 
 
 def test_a_standby_finds_the_old_job_behind_the_new_one(store):

@@ -1,11 +1,13 @@
 """From end to end with real processes: what is killed, stopped or restarted loses nothing."""
 
 import base64
+import contextlib
 import hashlib
 import http.client
 import json
 import random
 import signal
+import sqlite3
 import sys
 import threading
 import time
@@ -115,6 +117,34 @@ def test_worker_survives_a_server_restart(serve, work):
     server.kill()
     server.start()
     assert job.wait(60).status == "completed" and job.data["attempts"] == 1
+
+
+def run_out(server):
+    "While the server is down, every lease runs out."
+    server.kill()
+    with contextlib.closing(sqlite3.connect(server.data / "queue.db")) as db, db:
+        assert db.execute("UPDATE jobs SET lease_until_ms = 1 WHERE status = 'leased'").rowcount
+    server.start()
+
+
+def test_leases_that_ran_out_while_the_server_was_down_can_be_renewed(serve):
+    server = serve()
+    client, link = Client(server.url, ""), Transport(server.url, TOKEN)
+    job = client.submit("errand")
+    token = lease(link, "w1")["lease"]["token"]
+    run_out(server)
+    assert lease(link, "w2", wait=1) is None, "its worker could not renew it, and has half a lease to do so now"
+    link.call("POST", f"/gpu-jobs/{job.id}/heartbeat", body={"leaseToken": token})
+    assert client.job(job.id).data["attempts"] == 1
+
+
+def test_a_lease_that_nobody_renews_ends_after_a_restart_too(serve):
+    server = serve(GPU_HEARTBEAT_LEASE_SECONDS=1)
+    client, link = Client(server.url, ""), Transport(server.url, TOKEN)
+    job = client.submit("errand")
+    lease(link, "w1")
+    run_out(server)
+    assert lease(link, "w2", wait=50)["job"]["id"] == job.id
 
 
 def test_worker_killed_in_the_middle(serve, work):

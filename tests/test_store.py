@@ -128,6 +128,15 @@ def test_by_lease_request_finds_only_what_is_still_leased(store):
     assert store.run(lambda tx: tx.by_lease_request("other")) == []
 
 
+def test_a_lease_request_is_used_when_its_lease_has_spoken(store):
+    [job] = put(store, a_job(1))
+    assert store.run(lambda tx: tx.used("r")) is False
+    change(store, job.id, status="leased", lease_request="r", lease_until_ms=5)
+    assert store.run(lambda tx: tx.used("r")) is False
+    change(store, job.id, status="completed", ended_ms=6, lease_until_ms=None, result_digest="x")
+    assert store.run(lambda tx: tx.used("r")) is True and store.run(lambda tx: tx.used("s")) is False
+
+
 def test_extend_stores_the_deadline_and_nothing_else(store):
     [job] = put(store, a_job(1))
     change(store, job.id, status="leased", lease_until_ms=50)
@@ -461,7 +470,7 @@ def inner_story(tx, ids, now):
     return {"counted": (tx.pending(), dict(tx.lanes())), "heads": [[j.id for j in tx.heads(lane, n)] for lane in ("draw", "chat", "draw big") for n in (1, 9)],
             "late": [some(ask(when, 99)) for ask in (tx.expired, tx.due, tx.overdue) for when in (0, 5, now, 105)],
             "bounded": [len(ask(105, 2)) for ask in (tx.expired, tx.due, tx.overdue)], "unarchived": [j.id for j in tx.unarchived(50)],
-            "keys": [job and job.id for job in (tx.by_key(f"k{n}") for n in range(4))], "requests": [some(tx.by_lease_request(f"r{n}")) for n in range(3)],
+            "keys": [job and job.id for job in (tx.by_key(f"k{n}") for n in range(4))], "requests": [(some(tx.by_lease_request(f"r{n}")), tx.used(f"r{n}")) for n in range(3)],
             "got": [tx.get(i) for i in ids[:12]], "lines": [tx.line(lane, n) for lane in ("draw", "chat big") for n in (1, 9)],
             "webhooks": [(tx.webhooks_due(when, most), tx.next_webhook_ms(when)) for when in (0, 5, now, 105) for most in (2, 99)] + [tx.webhooks_pending()]}
 
