@@ -58,7 +58,7 @@ class Heart:
     def soon(self) -> float:
         "When the next beat is due if there is news."
         if self.run.watchers: return self.paid - (BURST - 1) * self.quick_s  # the generic cell rate algorithm (ITU-T I.371)
-        return self.last + max(self.quick_s, self.last - self.began)
+        return self.last + max(QUICK_S, self.last - self.began)
 
     def beat(self) -> float:
         "Send one heartbeat; returns the seconds until the next at the latest."
