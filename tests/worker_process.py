@@ -22,7 +22,7 @@ class Gate:
         while not os.path.exists(payload["gate"]):
             if not self.stubborn: ctx.check()
             step += 1
-            ctx.progress(step, 1_000_000)
+            ctx.progress(step, 1_000_000, phase=payload.get("phase", "running"))
             time.sleep(0.01)
         return {"by": os.environ["WORKER_ID"]}
 
