@@ -91,12 +91,12 @@ def main(lines: Iterable[str] = sys.stdin) -> None:
     threading.Thread(target=listen, daemon=True).start()
     watch = Watch(renewer(whom["base"], whom["token"]), lambda: moving(whom["process_id"]))
     while os.getppid() == whom["process_id"] or os.name == "nt":
-        try: lines = [heard.get(timeout=min(watch.step(), 5))]
+        try: words = [heard.get(timeout=min(watch.step(), 5))]
         except queue.Empty: continue
-        while not heard.empty(): lines.append(heard.get())  # all that was said while a beat got no answer
-        for line in lines:
-            if line is None: return
-            watch.take(line)
+        while not heard.empty(): words.append(heard.get())  # all that was said while a beat got no answer
+        for word in words:
+            if word is None: return
+            watch.take(word)
 
 # %% ../nbs/15c_guard.ipynb #11771fbe
 class Lease(Protocol):

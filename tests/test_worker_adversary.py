@@ -8,20 +8,17 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from processes import Wire, eventually, start_server, start_worker_process
-from test_client import canned
+from processes import Wire, eventually, start_server
 from test_worker import DATA, Hold, Paint, Quick, serve, settings, worker_for
 from test_worker_survival import Nap
 
 from colab_gpu.client import Client
 from colab_gpu.guard import Guard, renewer
 from colab_gpu.guard import Hold as Held
-from colab_gpu.hearts import Heart, Pulse
+from colab_gpu.hearts import Heart
 from colab_gpu.outbox import Outbox
 from colab_gpu.runs import Grant, Run
 from colab_gpu.worker import hand_back_all, put_down, resend, take_on
@@ -30,7 +27,7 @@ from colab_gpu.worker import hand_back_all, put_down, resend, take_on
 def results(folder): return list((folder / "outbox").glob("*/*/result.json"))
 
 
-def run_of(job_id="7", token="t", lease_s=60, heartbeat_s=20): return Run(Grant({"id": job_id, "tool": "errand"}, token, lease_s, heartbeat_s))
+def run_of(job_id="7", heartbeat_s=20): return Run(Grant({"id": job_id, "tool": "errand"}, "t", 60, heartbeat_s))
 
 
 # ---- the outbox
@@ -157,14 +154,16 @@ def test_a_finished_result_is_on_disk_while_the_question_for_the_next_job_hangs(
         client, hold = Client(server.url, ""), Hold()
         worker = worker_for(wire.url, hold, COLAB_GPU_DATA=str(tmp_path / "work"))
         worker.pace["gate", ""] = 1.0
+        ask = worker.asking.call
+        worker.asking.call = lambda *args, **options: ask(*args, **{**options, "read_s": 600})
         wire.hold("wait=0")
         for _ in range(99): wire.drop("/complete")
         client.submit("gate")
         worker.start()
         assert wire.held.wait(30)
         hold.go.set()
-        eventually(lambda: results(tmp_path / "work"))
-        assert not wire.go.is_set()
+        eventually(lambda: results(tmp_path / "work"), timeout_s=40)
+        assert worker.question, "it still hangs"
         wire._plans.clear()
         wire.let_go()
         assert worker.stop(30)
@@ -311,18 +310,40 @@ def test_jobs_that_wait_behind_a_hanging_one_are_handed_back(tmp_path):
         assert other.stop(5) and worker.stop(5) and worker.counts["completed"] == 0
 
 
-def test_a_guard_that_is_told_too_late_does_not_start_again():
-    guard, run = Guard("http://127.0.0.1:9", "t"), run_of()
-    guard.awake(run.grant, 60)
-    assert guard.alive
-    class Slow:
-        def call(self, *_, **__): return {}
-    heart = Heart(Slow(), run, lambda line: None, guard=guard)
-    run.over = True
-    guard.drop(run.grant)
-    guard.close()
-    guard.drop(run.grant)
-    assert heart.beat() == float("inf") and not guard.alive
+def test_the_guard_forgets_a_job_that_is_put_down_during_a_beat():
+    words = []
+    class Ear:
+        def awake(self, lease, left_s):
+            put_down(worker, [run])  # from another thread, between the beat's look and its word
+            words.append("awake")
+        def drop(self, lease): words.append("drop")
+    class Yes:
+        def call(self, *_, **__): return {"leaseSeconds": 60}
+    worker, run = worker_for("http://127.0.0.1:9"), run_of()
+    worker.guard = Ear()
+    Heart(Yes(), run, lambda line: None, guard=worker.guard).beat()
+    assert words == ["drop", "awake", "drop"]
+
+
+def test_the_guard_hears_all_that_was_said_while_a_beat_got_no_answer():
+    "A job that was put down meanwhile is not beaten for."
+    asked, said, listener = [], threading.Event(), socket.create_server(("127.0.0.1", 0))
+    def answer(caller):
+        with caller:
+            asked.append(caller.recv(65536).split()[1].decode())
+            said.wait(60)
+    def accept():
+        while True: threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+    threading.Thread(target=accept, daemon=True).start()
+    guard = Guard(f"http://127.0.0.1:{listener.getsockname()[1]}", "t")
+    guard.awake(run_of("a", heartbeat_s=0).grant, 600)
+    eventually(lambda: asked)
+    for job in "bc": guard.awake(run_of(job, heartbeat_s=0).grant, 600)
+    for job in "abc": guard.drop(run_of(job).grant)
+    process = guard._process
+    process.stdin.close()
+    said.set()
+    assert process.wait(60) == 0 and asked == ["/gpu-jobs/a/heartbeat"]
 
 
 # ---- a prefetched job
