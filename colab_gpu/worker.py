@@ -813,6 +813,7 @@ def repeat(worker: Worker, once: bool = False) -> Turn:
         finally: worker.ended.set()
     return turn
 
+# %% ../nbs/16_worker.ipynb #c3a90f6d
 def put_back(worker: Worker) -> None:
     "Hand back what was leased ahead."
     runs, worker.next = worker.next, ()
