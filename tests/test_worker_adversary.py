@@ -11,7 +11,8 @@ import threading
 
 import pytest
 from conftest import ROOT
-from processes import Wire, eventually, start_server
+from processes import TOKEN, Process, Wire, eventually, start_reference, start_server
+from test_client import canned
 from test_worker import DATA, Hold, Paint, Quick, serve, settings, worker_for
 from test_worker_survival import Nap
 
@@ -244,8 +245,7 @@ time.sleep(600)
         client = Client(server.url, "")
         for n in range(3): client.submit("nap", {"n": n})
         for _ in range(200): wire.drop("/complete")
-        from processes import Process
-        with Process("-c", code, STACK_API_BASE=wire.url, STACK_WORKER_TOKEN="worker-token-for-tests", COLAB_GPU_DATA=tmp_path / "work", PYTHONPATH=ROOT,
+        with Process("-c", code, STACK_API_BASE=wire.url, STACK_WORKER_TOKEN=TOKEN, COLAB_GPU_DATA=tmp_path / "work", PYTHONPATH=ROOT,
                      WORKER_AHEAD_SECONDS=0) as worker:
             worker.wait_for("waits:", skip=2)
             worker.signal(signal.SIGINT)
@@ -402,3 +402,60 @@ def test_two_workers_in_one_process_and_their_shared_outbox(tmp_path):
             workers[0].start()
         assert all(worker.stop(5) for worker in workers) and sum(w.counts["completed"] for w in workers) == 18
         assert not (tmp_path / "work").exists() and DATA.name
+
+
+# ---- who is in between
+
+
+@pytest.mark.parametrize(("status", "kind", "body"), [(429, "text/plain", b"Too many requests"), (429, "application/json", b'{"message": "rate limit"}'),
+                                                      (408, "text/plain", b"Request Timeout")])
+def test_a_rate_limit_on_the_way_is_no_refusal(status, kind, body):
+    "Of a proxy or a tunnel, not of our server: it passes, and neither ends the worker nor throws a result away."
+    url, _ = canned((status, {"Content-Type": kind, "Retry-After": "7"}, body))
+    worker = worker_for(url)
+    turn = worker.turn()
+    assert (turn.did, turn.pause_s) == ("offline", 7)
+
+
+def test_a_result_outlives_a_rate_limit(tmp_path):
+    limited = (429, {"Content-Type": "text/plain"}, b"Too many requests")
+    job = json.dumps({"job": {"id": "7", "tool": "errand"}, "lease": {"token": "t", "seconds": 60}}).encode()
+    url, _ = canned((200, {"Content-Type": "application/json"}, job), limited, limited, (200, {"Content-Type": "application/json"}, b"{}"))
+    worker = worker_for(url, options={"sleep": lambda s: None}, WORKER_GUARD=0, WORKER_WAIT_SECONDS=0)
+    assert worker.turn().did == "completed"
+
+
+def test_an_interrupt_in_the_long_poll_hands_back_what_was_on_its_way(tmp_path):
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from colab_gpu.worker import Worker
+from test_worker import Quick
+worker = Worker([Quick()], log=lambda line: print(line, flush=True))
+try: worker.loop()
+except KeyboardInterrupt: print("INTERRUPTED", worker.state, flush=True)
+time.sleep(600)
+"""
+    with serve(tmp_path) as server, Wire(server.url) as wire:
+        wire.hold("GET /gpu-jobs/next")
+        job = Client(server.url, "").submit("errand")
+        with Process("-c", code, STACK_API_BASE=wire.url, STACK_WORKER_TOKEN=TOKEN, COLAB_GPU_DATA=tmp_path / "work", PYTHONPATH=ROOT) as worker:
+            assert wire.held.wait(30) and job.refresh().status == "leased"
+            worker.signal(signal.SIGINT)
+            worker.line("INTERRUPTED stopped")
+            assert (job.refresh().status, job.data["attempts"]) == ("queued", 0)
+            wire.let_go()
+
+
+def test_the_references_jobs_are_not_renewed_guarded_or_looked_ahead_for(tmp_path):
+    with start_reference() as server:
+        client, hold = Client(server.url, ""), Hold()
+        first, second = client.submit("gate"), client.submit("gate")
+        worker = worker_for(server.url, hold)
+        worker.pace["gate", ""] = 0.0
+        worker.start()
+        hold.running.wait(30)
+        assert not worker.pulse.hearts and not worker.guard.alive and worker.ear._thread is None
+        assert second.refresh().status == "queued"
+        hold.go.set()
+        assert {first.wait(30).status, second.wait(30).status} == {"completed"} and worker.stop(5)
