@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -252,6 +254,17 @@ time.sleep(600)
             worker.line("INTERRUPTED 3")
 
 
+def test_stopping_a_loop_in_the_foreground_hangs_up_too(tmp_path):
+    with serve(tmp_path) as server, Wire(server.url) as wire:
+        worker = worker_for(wire.url, WORKER_WAIT_SECONDS=55)
+        thread = threading.Thread(target=worker.loop, daemon=True)
+        thread.start()
+        eventually(lambda: len(server.app.broker.waiters))
+        worker.stop()
+        thread.join(40)
+        assert not thread.is_alive()
+
+
 # ---- leases
 
 
@@ -459,3 +472,40 @@ def test_the_references_jobs_are_not_renewed_guarded_or_looked_ahead_for(tmp_pat
         assert second.refresh().status == "queued"
         hold.go.set()
         assert {first.wait(30).status, second.wait(30).status} == {"completed"} and worker.stop(5)
+
+
+# ---- other machines
+
+
+def test_without_locks_what_a_living_worker_keeps_is_never_stranded(tmp_path, monkeypatch):
+    "As on Windows, and on some network drives: an old part counts as left, though its worker may live, and go on writing there."
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    first, later = Outbox(tmp_path, "http://127.0.0.1:1"), Outbox(tmp_path, "http://127.0.0.1:1", now=lambda: time.time() + 3600)
+    first.keep(run_of("6"), {"status": "completed", "result": 6})
+    assert not list(Outbox(tmp_path, "http://127.0.0.1:1").left())
+    found = []
+    def look():
+        for folder, _, body in later.left():
+            found.append(body["result"])
+            later.drop(folder)
+    look()
+    assert not first.mine.exists() and first.keep(run_of("7"), {"status": "completed", "result": 7})
+    (first.mine / "lock").touch()
+    look()
+    first.close()
+    assert found == [6, 7] and not tmp_path.exists()
+
+
+def test_no_token_is_on_disk_or_in_a_process_list(tmp_path):
+    with serve(tmp_path) as server, Wire(server.url) as wire:
+        client, hold = Client(server.url, ""), Hold()
+        client.submit("gate")
+        for _ in range(99): wire.drop("/complete")
+        worker = worker_for(wire.url, hold, COLAB_GPU_DATA=str(tmp_path / "work")).start()
+        hold.running.wait(30)
+        seen = Path(f"/proc/{eventually(lambda: worker.guard._process).pid}/cmdline").read_bytes()
+        hold.go.set()
+        [kept] = eventually(lambda: results(tmp_path / "work"))
+        text, mode = kept.read_text(), kept.stat().st_mode & 0o777
+        worker.stop(timeout_s=0.1)
+    assert b"guard.py" in seen and TOKEN.encode() not in seen and TOKEN not in text and mode == 0o600
