@@ -757,6 +757,7 @@ def advance(worker: Worker) -> Turn:
     try:
         for part in (calls := list(parts(worker, runs))):
             early = part is calls[-1] and worker.ahead_s and not on_trial and part[0].grant.token
+            worker.call, worker.called_at = tuple(part), worker.clock()  # what the look ahead goes by
             ahead = Ahead(worker) if early and not worker.draining.is_set() else None
             try: worker.behind.put(part, call(worker, part, later=True))  # at once: the question for the next job may hang
             finally: worker.next = ahead.end() if ahead else ()

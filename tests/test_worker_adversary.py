@@ -364,44 +364,42 @@ def test_the_guard_hears_all_that_was_said_while_a_beat_got_no_answer():
 
 @pytest.mark.parametrize("how", ["canceled", "ended"])
 def test_a_prefetched_job_that_is_gone_before_its_turn_is_not_run(tmp_path, how):
-    with serve(tmp_path) as server:
-        client, hold = Client(server.url, ""), Hold()
+    with serve(tmp_path, GPU_HEARTBEAT_LEASE_SECONDS="2") as server:
+        client, hold, begun = Client(server.url, ""), Hold(), []
+        run = hold.run
+        hold.run = lambda payload, ctx: (begun.append(ctx.job_id), run(payload, ctx))[1]
         first, second = client.submit("gate"), client.submit("gate")
         worker = worker_for(server.url, hold)
         worker.pace["gate", ""] = 1.0
         worker.start()
         hold.running.wait(30)
         eventually(lambda: len(worker.runs) == 2)
-        if how == "canceled":
-            second.cancel()
-            eventually(lambda: worker.runs[1].why == "canceled")
+        if how == "canceled": second.cancel()
         else:
             worker.telling.call("POST", f"/gpu-jobs/{second.id}/complete",
                                 body={"leaseToken": worker.runs[1].grant.token, "status": "completed", "result": {"by": "hand"}})
+        eventually(lambda: worker.runs[1].why == {"canceled": "canceled", "ended": "lost"}[how])
         hold.go.set()
         assert first.wait(30).status == "completed"
         assert second.wait(30).status == ("canceled" if how == "canceled" else "completed")
-        assert worker.stop(5) and worker.counts["completed"] == 1 and (how == "canceled" or second.refresh().result == {"by": "hand"})
+        assert worker.stop(5) and begun == [first.id] and worker.counts["completed"] == 1 and (how == "canceled" or second.refresh().result == {"by": "hand"})
 
 
-def test_a_server_killed_while_it_answers_a_look_ahead_costs_no_attempt(tmp_path):
+def test_a_server_killed_as_it_answers_a_look_ahead_costs_no_attempt(tmp_path):
     with start_server(tmp_path / "data") as server, Wire(server.url) as wire:
         client, hold = Client(server.url, ""), Hold()
         first, second = client.submit("gate"), client.submit("gate")
         worker = worker_for(wire.url, hold)
         worker.pace["gate", ""] = 1.0
-        wire.hold("wait=0")
+        wire.lose("wait=0")
         worker.start()
-        assert wire.held.wait(30) and second.refresh().status == "leased"
+        assert wire.lost.wait(30) and second.refresh().status == "leased"
         server.kill()
         with start_server(tmp_path / "data", server.port) as again:
-            wire.lose("nothing of this name")
             hold.go.set()
             client = Client(again.url, "")
-            wire._plans.clear()
-            wire.go.set()
-            jobs = [client.wait(job.id, 60) for job in (first, second)]
-        assert [(job.status, job.data["attempts"]) for job in jobs] == [("completed", 1)] * 2 and worker.stop(5)
+            jobs = [client.wait(job.id, 40) for job in (first, second)]
+            assert [(job.status, job.data["attempts"]) for job in jobs] == [("completed", 1)] * 2 and worker.stop(5)
 
 
 def test_two_workers_in_one_process_and_their_shared_outbox(tmp_path):
@@ -469,6 +467,7 @@ def test_the_references_jobs_are_not_renewed_guarded_or_looked_ahead_for(tmp_pat
         worker.start()
         hold.running.wait(30)
         assert not worker.pulse.hearts and not worker.guard.alive and worker.ear._thread is None
+        time.sleep(0.3)  # time to do wrong
         assert second.refresh().status == "queued"
         hold.go.set()
         assert {first.wait(30).status, second.wait(30).status} == {"completed"} and worker.stop(5)
@@ -502,9 +501,10 @@ def test_no_token_is_on_disk_or_in_a_process_list(tmp_path):
         for _ in range(99): wire.drop("/complete")
         worker = worker_for(wire.url, hold, COLAB_GPU_DATA=str(tmp_path / "work")).start()
         hold.running.wait(30)
-        seen = Path(f"/proc/{eventually(lambda: worker.guard._process).pid}/cmdline").read_bytes()
+        command = Path(f"/proc/{eventually(lambda: worker.guard._process).pid}/cmdline")
+        seen = eventually(lambda: b"guard.py" in (text := command.read_bytes()) and text)
         hold.go.set()
         [kept] = eventually(lambda: results(tmp_path / "work"))
         text, mode = kept.read_text(), kept.stat().st_mode & 0o777
         worker.stop(timeout_s=0.1)
-    assert b"guard.py" in seen and TOKEN.encode() not in seen and TOKEN not in text and mode == 0o600
+    assert TOKEN.encode() not in seen and TOKEN not in text and mode == 0o600
