@@ -529,6 +529,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'colab_gpu.hearts': { 'colab_gpu.hearts.Heart': ('hearts.html#heart', 'colab_gpu/hearts.py'),
                                   'colab_gpu.hearts.Heart.__init__': ('hearts.html#heart.__init__', 'colab_gpu/hearts.py'),
                                   'colab_gpu.hearts.Heart._answered': ('hearts.html#heart._answered', 'colab_gpu/hearts.py'),
+                                  'colab_gpu.hearts.Heart._cover': ('hearts.html#heart._cover', 'colab_gpu/hearts.py'),
                                   'colab_gpu.hearts.Heart._settle': ('hearts.html#heart._settle', 'colab_gpu/hearts.py'),
                                   'colab_gpu.hearts.Heart._stands_still': ('hearts.html#heart._stands_still', 'colab_gpu/hearts.py'),
                                   'colab_gpu.hearts.Heart._unanswered': ('hearts.html#heart._unanswered', 'colab_gpu/hearts.py'),
@@ -814,6 +815,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'colab_gpu.outbox.Outbox.drop': ('outbox.html#outbox.drop', 'colab_gpu/outbox.py'),
                                   'colab_gpu.outbox.Outbox.keep': ('outbox.html#outbox.keep', 'colab_gpu/outbox.py'),
                                   'colab_gpu.outbox.Outbox.left': ('outbox.html#outbox.left', 'colab_gpu/outbox.py'),
+                                  'colab_gpu.outbox._fill': ('outbox.html#_fill', 'colab_gpu/outbox.py'),
                                   'colab_gpu.outbox._lock': ('outbox.html#_lock', 'colab_gpu/outbox.py'),
                                   'colab_gpu.outbox._write': ('outbox.html#_write', 'colab_gpu/outbox.py'),
                                   'colab_gpu.outbox.outbox_folder': ('outbox.html#outbox_folder', 'colab_gpu/outbox.py'),
@@ -1396,5 +1398,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'colab_gpu.worker.unheard': ('worker.html#unheard', 'colab_gpu/worker.py'),
                                   'colab_gpu.worker.upload': ('worker.html#upload', 'colab_gpu/worker.py'),
                                   'colab_gpu.worker.waits': ('worker.html#waits', 'colab_gpu/worker.py'),
+                                  'colab_gpu.worker.watch': ('worker.html#watch', 'colab_gpu/worker.py'),
                                   'colab_gpu.worker.watch_session': ('worker.html#watch_session', 'colab_gpu/worker.py'),
                                   'colab_gpu.worker.wind_up': ('worker.html#wind_up', 'colab_gpu/worker.py')}}}

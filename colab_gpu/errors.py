@@ -177,6 +177,8 @@ def _tree(cls: type[ColabGPUError]) -> list[type[ColabGPUError]]:
 _BY_CODE: dict[str, type[ColabGPUError]] = {cls.code: cls for cls in reversed(_tree(ColabGPUError))}
 _BY_CODE["artifact_missing"] = Unprocessable
 
+_PASSING = (408, 425, 429)  # 4xx, but about the moment and not about the request: a proxy's time-out, a tunnel's rate limit
+
 def from_wire(status: int, body: Any) -> ColabGPUError:
     """The error that `body`, the JSON of an answer with that HTTP `status`, stands for.
 
@@ -185,7 +187,7 @@ def from_wire(status: int, body: Any) -> ColabGPUError:
     body = body if isinstance(body, dict) else {}
     code = str(body.get("error") or f"http_{status}")
     by_status: dict[int, type[ColabGPUError]] = {401: MissingToken, 403: AccessDenied, 404: NotFound, 409: Conflict}
-    cls = _BY_CODE.get(code) or by_status.get(status) or (RequestError if 400 <= status < 500 else Unavailable)
+    cls = _BY_CODE.get(code) or by_status.get(status) or (RequestError if 400 <= status < 500 and status not in _PASSING else Unavailable)
     message = str(body.get("message") or f"The server answered {status} ({code}).")
     retryable = body.get("retryable")
     return cls(message, code=code, field=body.get("field"), retryable=bool(retryable) if retryable is not None else None)

@@ -70,7 +70,7 @@ def renewer(base: str, token: str) -> Callable[[Hold], bool | None]:
         try:
             with opener.open(request, timeout=15) as answer: return "leaseSeconds" in json.load(answer) or None
         except HTTPError as e: return False if e.code in (401, 403, 409, 410) else None
-        except (OSError, ValueError): return None
+        except Exception: return None  # no answer, half of one, or one that isn't ours: the guard outlives them all
     return renew
 
 def moving(process_id: int) -> bool:
@@ -91,10 +91,12 @@ def main(lines: Iterable[str] = sys.stdin) -> None:
     threading.Thread(target=listen, daemon=True).start()
     watch = Watch(renewer(whom["base"], whom["token"]), lambda: moving(whom["process_id"]))
     while os.getppid() == whom["process_id"] or os.name == "nt":
-        try: line = heard.get(timeout=min(watch.step(), 5))
+        try: words = [heard.get(timeout=min(watch.step(), 5))]
         except queue.Empty: continue
-        if line is None: break
-        watch.take(line)
+        while not heard.empty(): words.append(heard.get())  # all that was said while a beat got no answer
+        for word in words:
+            if word is None: return
+            watch.take(word)
 
 # %% ../nbs/15c_guard.ipynb #11771fbe
 class Lease(Protocol):
@@ -120,7 +122,7 @@ class Guard:
 
     def __repr__(self) -> str: return f"Guard({'on watch' if self.alive else 'asleep'})"
     @property
-    def alive(self) -> bool: return self._process is not None and self._process.poll() is None
+    def alive(self) -> bool: return (process := self._process) is not None and process.poll() is None
 
     def awake(self, lease: Lease, left_s: float) -> None:
         "Tell that this process is awake and holds a lease, whose run may stand still for `left_s` more seconds."
@@ -128,11 +130,11 @@ class Guard:
             self._say({"path": lease.path, "token": lease.token, "heartbeat_s": lease.heartbeat_s, "left_s": min(left_s, 1e6)})
     def drop(self, lease: Lease) -> None:
         "Tell that a lease is held no more."
-        if self.alive: self._say({"drop": lease.path})
+        self._say({"drop": lease.path})
 
     def _say(self, word: dict[str, Any]) -> None:
         with self._lock:
-            if not self.alive and not self._start(): return
+            if not self.alive and ("drop" in word or not self._start()): return
             try: self._write(word)
             except OSError: pass  # full, or just gone
 

@@ -52,7 +52,7 @@ class Heart:
 
     def due(self) -> float:
         "When the next beat is due, on the clock."
-        if self.run.over or self.run.settled: return math.inf
+        if self.run.over or self.run.settled or self.run.why == "lost": return math.inf
         if self.run.heeded and not self._tried: return -math.inf
         return min(self.next, self.soon()) if self.run.events.news and not self.failures else self.next
     def soon(self) -> float:
@@ -65,7 +65,7 @@ class Heart:
         run, events, grant = self.run, self.run.events, self.run.grant
         with self._beating:
             if run.heeded and not self._tried: self._settle()
-            if run.over or run.settled or self._stands_still(): return math.inf
+            if run.over or run.settled or run.why == "lost" or self._stands_still(): return math.inf
             events.news = False
             body = {"leaseToken": grant.token, "events": events.take(watched=run.watchers > 0)}
             read_s = max(5.0, min(15.0, grant.lease_s / 3))
@@ -88,14 +88,17 @@ class Heart:
         "Whether the run has given no sign for too long; then its lease is left to end. Tells the guard that this process is awake."
         left, run = self.left_s(), self.run
         if left > 0:
-            if self.guard is not None: self.guard.awake(run.grant, left)
+            if self.guard is not None: self._cover(self.guard, left)
             return False
-        self.next = math.inf
-        if run.why != "lost":
-            limit = limit_s(run.phase, self.limits)
-            run.interrupt("lost", f"The run has stood still for {limit:g} s ({run.phase}), so its lease was left to another worker.")
-            self.say(f"[worker] Job {run.job_id} has stood still for {limit:g} s ({run.phase}); its lease is not renewed any more.")
+        self.next, limit = math.inf, limit_s(run.phase, self.limits)
+        run.interrupt("lost", f"The run has stood still for {limit:g} s ({run.phase}), so its lease was left to another worker.")
+        self.say(f"[worker] Job {run.job_id} has stood still for {limit:g} s ({run.phase}); its lease is not renewed any more.")
         return True
+
+    def _cover(self, guard: Guard, left_s: float) -> None:
+        # What waits for its turn may do so without end, but only while somebody here is awake to say so.
+        guard.awake(self.run.grant, min(left_s, limit_s("running", self.limits)) if left_s == math.inf else left_s)
+        if self.run.over: guard.drop(self.run.grant)  # put down meanwhile
 
     def _settle(self) -> None:
         "Report a canceled job at once: the call that it shared with others may go on for long."

@@ -4,7 +4,7 @@
 
 # %% ../nbs/15e_outbox.ipynb #787bb2d6
 from __future__ import annotations
-import atexit, hashlib, json, os, shutil, time
+import atexit, hashlib, json, os, re, shutil, threading, time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -37,11 +37,17 @@ def pack(folder: Path, run: Run, body: dict[str, Any], server: str) -> None:
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+    try: _fill(part, run, body, server)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)  # on a full disk, the room is needed
+        raise
+    part.rename(folder)
+
+def _fill(part: Path, run: Run, body: dict[str, Any], server: str) -> None:
     files = [{"name": name, "type": kind, "sha256": _write(part / f"{i}.bin", data)} for i, (name, (data, kind)) in enumerate(run.artifacts.items())]
     job = {"id": run.job_id, "tool": run.grant.tool}
     text = json.dumps({"server": server, "job": job, "leaseToken": run.grant.token, "body": body, "files": files})
     _write(part / "result.json", json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "result": text}).encode())
-    part.rename(folder)
 
 def unpack(folder: Path) -> tuple[Run, dict[str, Any], str]:
     "The run, the body and the server that a folder was packed with. Raises `ValueError` when it is not whole, `OSError` when it can't be read."
@@ -53,7 +59,7 @@ def unpack(folder: Path) -> tuple[Run, dict[str, Any], str]:
         data = (folder / f"{i}.bin").read_bytes()
         if hashlib.sha256(data).hexdigest() != file["sha256"]: raise ValueError(f"{i}.bin does not match its digest")
         run.artifact(file["name"], data, file["type"])
-    run.finished = True
+    run.finished = run.left = True
     return run, inner["body"], inner["server"]
 
 # %% ../nbs/15e_outbox.ipynb #6404c1fe
@@ -77,27 +83,30 @@ class Outbox:
     """
     def __init__(self, folder: Path | None, server: str, say: Callable[[str], Any] = print, now: Callable[[], float] = time.time) -> None:
         self.folder, self.server, self.say, self.now = folder, server, say, now
-        self.mine = None if folder is None else folder / uuid4().hex[:12]
+        self.mine: Path | None = None
         self._held: IO[bytes] | None = None
+        self._opening = threading.Lock()  # which part is ours: results are kept side by side
 
     def __repr__(self) -> str: return f"Outbox({self.folder or 'nowhere'})"
 
     def _open(self) -> Path | None:
-        if self.mine is not None and self._held is None:
-            self.mine.mkdir(parents=True, exist_ok=True)
-            self._held = (self.mine / "lock").open("ab")  # as long as this process, or until `close`
-            _lock(self._held)
-            atexit.register(self.close)
-        return self.mine
+        with self._opening:
+            if self.folder is not None and self._held is None:
+                self.mine = self.folder / uuid4().hex[:12]  # a new one after each `close`: what was left before is left to all
+                self.mine.mkdir(parents=True, exist_ok=True)
+                self._held = (self.mine / "lock").open("ab")  # as long as this process, or until `close`
+                _lock(self._held)
+                atexit.register(self.close)
+            return self.mine
 
     def keep(self, run: Run, body: dict[str, Any]) -> Path | None:
         "Write a finished run to disk; its folder, `None` if there is none: then the result waits in memory alone, and the log says why."
+        name = f"{re.sub('[^0-9A-Za-z-]', '_', run.job_id)[:60]}-{uuid4().hex[:6]}"
         try:
             mine = self._open()
             if mine is None: return None
-            folder = mine / f"{run.job_id}-{uuid4().hex[:6]}"
-            pack(folder, run, body, self.server)
-            return folder
+            pack(mine / name, run, body, self.server)
+            return mine / name
         except (OSError, ValueError) as e:
             self.say(f"[worker] The result of job {run.job_id} is not on disk ({e}); it waits in memory.")
             return None
@@ -108,15 +117,17 @@ class Outbox:
 
     def left(self) -> Iterator[tuple[Path, Run, dict[str, Any]]]:
         "What workers that are gone have left for this server. A result that isn't whole is put aside, one for another server stays for a week."
-        for part in sorted(self.folder.glob("*/lock")) if self.folder is not None and self.folder.is_dir() else ():
-            if part.parent == self.mine: continue
+        for part in sorted(p for p in self.folder.iterdir() if p.is_dir()) if self.folder is not None and self.folder.is_dir() else ():
+            if part == self.mine: continue
             try:
-                with open(part, "ab") as file:
+                with open(part / "lock", "ab") as file:
                     free = _lock(file)
-                    if free is None: free = self.now() - part.stat().st_mtime > ALONE_S
+                    if free is None: free = self.now() - (part / "lock").stat().st_mtime > ALONE_S
                     if not free: continue
-                    yield from self._left_in(part.parent)
-            except OSError as e: self.say(f"[worker] {part.parent} could not be looked at: {e}")
+                    yield from self._left_in(part)
+                self._tidy(part)
+            except FileNotFoundError: continue  # another worker has tidied it up
+            except OSError as e: self.say(f"[worker] {part} could not be looked at: {e}")
 
     def _left_in(self, part: Path) -> Iterator[tuple[Path, Run, dict[str, Any]]]:
         for folder in sorted(p for p in part.iterdir() if p.is_dir() and not p.name.startswith(".")):
@@ -128,20 +139,23 @@ class Outbox:
                 continue
             if server == self.server: yield folder, run, body
             elif self.now() - folder.stat().st_mtime > KEPT_S: shutil.rmtree(folder, ignore_errors=True)
-        self._tidy(part)
+        for scrap in part.glob(".*.part"): shutil.rmtree(scrap, ignore_errors=True)
 
     def _tidy(self, part: Path) -> None:
-        "Remove a part in which nothing is left."
-        for scrap in part.glob(".*.part"): shutil.rmtree(scrap, ignore_errors=True)
-        if {p.name for p in part.iterdir()} == {"lock"}: shutil.rmtree(part, ignore_errors=True)
+        "Remove a part in which nothing is left; only what is empty, so that whatever is written there meanwhile stays."
+        try:
+            if [p.name for p in part.iterdir()] == ["lock"]:
+                (part / "lock").unlink()
+                part.rmdir()
+        except OSError: pass  # it is somebody's, or gone
 
     def close(self) -> None:
         "Leave what was not sent to the next worker, and let go of the lock."
-        if self._held is not None and self.mine is not None:
+        with self._opening: mine, held, self.mine, self._held = self.mine, self._held, None, None
+        if mine is not None and held is not None:
             atexit.unregister(self.close)
-            self._tidy(self.mine)
-            self._held.close()
-            self._held = None
+            held.close()
+            self._tidy(mine)
         for empty in (self.folder, self.folder.parent) if self.folder else ():
             try: empty.rmdir()
             except OSError: break  # something is in it, or it isn't there

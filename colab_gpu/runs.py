@@ -114,12 +114,12 @@ class Run:
     step, total, phase, preview: the newest progress. watchers: how many follow the job at the server. look: whether somebody looks at
     this worker's own panel. moved: how often it has given a sign of getting on. finished: its executor has returned. why: `None`, or why
     the run should stop: `stopping`, `canceled`, `lost`. shared: it shares a call with others. heeded: in a shared call, the executor was
-    told of its cancel. settled: that has been reported. over: nothing more is to be said.
+    told of its cancel. settled: that has been reported. over: nothing more is to be said. left: its result was left on disk by an earlier worker.
     """
     def __init__(self, grant: Grant, look: Callable[[], bool] = lambda: False, first_seq: int = 0, ring: Callable[[], Any] = lambda: None) -> None:
         self.grant, self.look, self.events = grant, look, Events(first_seq, ring=ring)
         self.step, self.total, self.phase, self.watchers, self.over = 0, 0, "starting", grant.watchers, False
-        self.shared = self.heeded = self.settled = self.finished = False
+        self.shared = self.heeded = self.settled = self.finished = self.left = False
         self.moved, self.began = 0, 0.0
         self.preview: bytes | None = None
         self.artifacts: dict[str, tuple[bytes, str]] = {}

@@ -24,20 +24,20 @@ from .outbox import Outbox, outbox_folder
 from .runs import Grant, Run, data_url, failure, proper, scrub
 
 # %% auto #0
-__all__ = ['REST_S', 'LONGEST_REST_S', 'ENDING_S', 'LAST_S', 'T', 'Ear', 'hear', 'standing', 'Behind', 'Streak', 'watch_session',
-           'Turn', 'Worker', 'choose', 'ask', 'takes', 'identity', 'introduction', 'accelerator', 'loaded', 'on_disk',
-           'trouble', 'pause_after', 'unheard', 'perform', 'begin', 'attempt', 'outcome', 'plain', 'insist', 'upload',
-           'deliver', 'inline_picture', 'report', 'ended', 'waits', 'lost', 'hand_back', 'hand_back_all', 'take_on',
-           'put_down', 'serve', 'abandon', 'parts', 'call', 'kin', 'carry_out', 'report_all', 'conclude',
-           'side_by_side', 'remaining_s', 'Ahead', 'resend', 'advance', 'rest', 'tell_paused', 'repeat', 'put_back',
-           'wind_up', 'close', 'stop', 'start_worker', 'stop_worker', 'run_until_interrupted']
+__all__ = ['REST_S', 'LONGEST_REST_S', 'ENDING_S', 'LAST_S', 'T', 'Ear', 'hear', 'standing', 'Behind', 'Streak', 'watch',
+           'watch_session', 'Turn', 'Worker', 'choose', 'ask', 'takes', 'identity', 'introduction', 'accelerator',
+           'loaded', 'on_disk', 'trouble', 'pause_after', 'unheard', 'perform', 'begin', 'attempt', 'outcome', 'plain',
+           'insist', 'upload', 'deliver', 'inline_picture', 'report', 'ended', 'waits', 'lost', 'hand_back',
+           'hand_back_all', 'take_on', 'put_down', 'serve', 'abandon', 'parts', 'call', 'kin', 'carry_out',
+           'report_all', 'conclude', 'side_by_side', 'remaining_s', 'Ahead', 'resend', 'advance', 'rest', 'tell_paused',
+           'repeat', 'put_back', 'wind_up', 'close', 'stop', 'start_worker', 'stop_worker', 'run_until_interrupted']
 
 # %% ../nbs/16_worker.ipynb #c0dc63c6
 class Ear:
     "Waits for orders to the runs of a worker, while it has any."
     def __init__(self, worker: Worker) -> None:
         self.worker, self.transport = worker, Transport(worker.settings["STACK_API_BASE"], worker.settings["STACK_WORKER_TOKEN"])
-        self.deaf, self.failures = not worker.wait_s, 0
+        self.deaf, self.failures = False, 0
         self._lock, self._closed = threading.Lock(), threading.Event()  # the lock: whether there is a thread
         self._thread: threading.Thread | None = None
 
@@ -45,7 +45,7 @@ class Ear:
         "Listen until there are no more runs."
         with self._lock:
             self._closed.clear()
-            if self.deaf or self._thread is not None: return
+            if self.deaf or self._thread is not None or not self.worker.wait_s: return
             self._thread = threading.Thread(target=self._repeat, name="colab-gpu-ear", daemon=True)
             self._thread.start()
     def close(self) -> None:
@@ -102,15 +102,15 @@ class Behind:
         self._threads, self._lock = set[threading.Thread](), threading.Lock()
 
     def put(self, runs: Sequence[Run], bodies: Sequence[dict[str, Any]]) -> None:
-        "Report these; waits while there is no room."
+        "Report these; then waits while there is no room for more."
         for run in runs: run.enter("uploading")
-        self._room.acquire()
         def send() -> None:
             try: report_all(self.worker, runs, bodies)
             finally:
                 put_down(self.worker, runs)
                 self._room.release()
         self.start(send)
+        self._room.acquire()
 
     def start(self, fn: Callable[[], Any]) -> None:
         "Call `fn` in a thread that `wait` waits for."
@@ -152,6 +152,15 @@ class Streak:
 
 # %% ../nbs/16_worker.ipynb #07310042
 ENDING_S, LAST_S = 60.0, 20.0
+
+def watch(worker: Worker) -> None:
+    "What is looked after beside the beats: the end of the session, and jobs that wait behind a call that stands still."
+    watch_session(worker)
+    if not worker.call or any(run.why != "lost" for run in worker.call): return
+    behind = [run for run in worker.runs if run.phase == "waiting" and run.why is None]
+    for run in behind: run.interrupt("lost", "It was handed back, because the run before it stands still.")
+    hand_back_all(worker, [run.grant for run in behind])
+    put_down(worker, behind)
 
 def watch_session(worker: Worker) -> None:
     "Stop in good order before this machine is taken away, if it is known when."
@@ -227,7 +236,7 @@ class Worker:
         self.pace, self.streak = dict[Any, float](), Streak()
         self.called_at, self.looked_at = 0.0, -math.inf
         self.disk, self.paused = ("", -math.inf), ""
-        self.pulse, self.ear, self.behind = Pulse(clock, tick=lambda: watch_session(self)), Ear(self), Behind(self)
+        self.pulse, self.ear, self.behind = Pulse(clock, tick=lambda: watch(self)), Ear(self), Behind(self)
         self.guard = Guard(self.asking.base, settings["STACK_WORKER_TOKEN"]) if settings["WORKER_GUARD"] else None
         self.outbox = Outbox(outbox_folder(settings["COLAB_GPU_OUTBOX"], settings["COLAB_GPU_DATA"]), self.asking.base, self.log)
         self.draining, self.giving_up, self.ended = threading.Event(), threading.Event(), threading.Event()
@@ -245,7 +254,7 @@ class Worker:
         self.lines.append(line)
         if self._print is not None:
             try: self._print(line)
-            except (OSError, ValueError): pass  # the cell's or the terminal's output is closed
+            except Exception: pass  # the cell's or the terminal's output is closed; no reason to stop the work
     def count(self, what: str) -> None:
         with self._lock: self.counts[what] += 1
     def hold(self, runs: Iterable[Run]) -> None:
@@ -380,7 +389,6 @@ def trouble(worker: Worker, e: ColabGPUError) -> Turn:
     "What a question for work that failed comes to."
     if worker.draining.is_set():
         unheard(worker)
-        worker.question = None
         return Turn("stopped")
     refused = isinstance(e, RequestError) and not isinstance(e, NotFound)
     if isinstance(e, MissingToken): say = f"{worker.asking.base} wants a token: set STACK_WORKER_TOKEN to the server's GPU_WORKER_TOKEN."
@@ -404,6 +412,7 @@ def unheard(worker: Worker) -> None:
         answer = worker.telling.call("GET", "/gpu-jobs/next", params=introduction(worker, 0), connect_s=2, read_s=5, headers=identity(worker))
         if answer is not None: hand_back_all(worker, Grant.read_all(answer))
     except ColabGPUError: pass  # it isn't there, so it will notice by itself
+    worker.question = None
 
 # %% ../nbs/16_worker.ipynb #0e9a918a
 def perform(worker: Worker, runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -460,14 +469,15 @@ T = TypeVar("T")
 
 def insist(worker: Worker, run: Run, fn: Callable[[], T]) -> T:
     "Call `fn` until the server answers for good. Raises that answer if it is a no, and what it raised last when the worker gives up."
+    enough = worker.draining if run.left else worker.giving_up  # what was left on disk can go on waiting there
     for tries in range(1, 1_000_000):
         try: return fn()
         except ColabGPUError as e:
-            if isinstance(e, RequestError) or worker.giving_up.is_set(): raise
+            if isinstance(e, RequestError) or enough.is_set(): raise
             if tries >= 5 and not passes(e) and not isinstance(e, ConnectionFailed): raise  # a 500, again and again: it is about this very request
             if tries == 1: worker.log(f"[worker] The result of job {run.job_id} waits: {e}")
             run.enter("uploading")
-            worker.pause(pause_after(e, tries), worker.giving_up)
+            worker.pause(pause_after(e, tries), enough)
     raise AssertionError("unreachable")
 
 def upload(worker: Worker, run: Run) -> list[str]:
@@ -556,8 +566,9 @@ def hand_back(worker: Worker, grant: Grant) -> Turn:
         return Turn("released", grant.id)
     try: worker.telling.call("POST", f"{grant.path}/release", body={"leaseToken": grant.token}, connect_s=3, read_s=7)
     except ColabGPUError as e:
-        worker.log(f"[worker] Job {grant.id} could not be released; its lease will end by itself. {e}")
-        return Turn("released", grant.id, str(e))
+        gone = isinstance(e, GONE)
+        worker.log(f"[worker] Job {grant.id} {'is no longer ours' if gone else 'could not be released; its lease will end by itself'}: {e}")
+        return Turn("released", grant.id, "" if gone else str(e))
     worker.log(f"[worker] Released job {grant.id}: the worker stops.")
     return Turn("released", grant.id)
 
@@ -607,8 +618,8 @@ def serve(worker: Worker, grants: Sequence[Grant]) -> Turn:
 def abandon(worker: Worker) -> None:
     "Hand back every job that has not been run to its end."
     left, worker.next = [run for run in worker.runs if not run.finished and not run.over], ()
-    hand_back_all(worker, [run.grant for run in left])
-    put_down(worker, left)
+    try: hand_back_all(worker, [run.grant for run in left])
+    finally: put_down(worker, left)
 
 # %% ../nbs/16_worker.ipynb #703d63f0
 def parts(worker: Worker, runs: Iterable[Run]) -> Iterator[list[Run]]:
@@ -720,11 +731,14 @@ class Ahead:
 
 # %% ../nbs/16_worker.ipynb #caeea1c7
 def resend(worker: Worker) -> None:
-    "Send what workers that are gone have left in the outbox; ends when the server can't be reached and this worker gives up."
+    "Send what workers that are gone have left in the outbox; ends when the server can't be reached and this worker is to stop."
     for folder, run, body in worker.outbox.left():
         try: deliver(worker, run, body)
         except ColabGPUError as e:
-            if not isinstance(e, RequestError) or isinstance(e, MissingToken | AccessDenied): return
+            if worker.draining.is_set() or isinstance(e, MissingToken | AccessDenied): return
+            if not isinstance(e, RequestError):
+                worker.log(f"[worker] The result of job {run.job_id}, left by an earlier worker, stays in {folder}: {e}")
+                continue
             worker.log(f"[worker] The result of job {run.job_id}, left by an earlier worker, is not wanted any more: {e}")
         else:
             worker.count("completed")
@@ -743,10 +757,10 @@ def advance(worker: Worker) -> Turn:
     try:
         for part in (calls := list(parts(worker, runs))):
             early = part is calls[-1] and worker.ahead_s and not on_trial and part[0].grant.token
+            worker.call, worker.called_at = tuple(part), worker.clock()  # what the look ahead goes by
             ahead = Ahead(worker) if early and not worker.draining.is_set() else None
-            try: bodies = call(worker, part, later=True)
+            try: worker.behind.put(part, call(worker, part, later=True))  # at once: the question for the next job may hang
             finally: worker.next = ahead.end() if ahead else ()
-            worker.behind.put(part, bodies)
     except BaseException:
         abandon(worker)
         raise
@@ -793,12 +807,14 @@ def repeat(worker: Worker, once: bool = False) -> Turn:
         wind_up(worker)
     except KeyboardInterrupt:
         abandon(worker)
+        if worker.question: unheard(worker)
         raise
-    finally: close(worker)
-    worker.log("Worker loop stopped.")
-    worker.ended.set()
+    finally:
+        try: close(worker)
+        finally: worker.ended.set()
     return turn
 
+# %% ../nbs/16_worker.ipynb #c3a90f6d
 def put_back(worker: Worker) -> None:
     "Hand back what was leased ahead."
     runs, worker.next = worker.next, ()
@@ -816,7 +832,7 @@ def close(worker: Worker) -> None:
     worker.ear.close()
     if worker.guard is not None: worker.guard.close()
     worker.outbox.close()
-
+    worker.log("Worker loop stopped.")
 
 # %% ../nbs/16_worker.ipynb #ff9cde8f
 def stop(worker: Worker, grace_s: float = 0, timeout_s: float = 30) -> bool:
@@ -824,7 +840,7 @@ def stop(worker: Worker, grace_s: float = 0, timeout_s: float = 30) -> bool:
 
     After `timeout_s` more seconds the jobs are handed back without their runs, and results that wait for the server stay on disk.
     """
-    worker.draining.set()
+    worker.drain()
     if not worker.alive or worker._thread is threading.current_thread(): return not worker.alive
     if _ended_within(worker, grace_s): return True
     for run in worker.runs: run.interrupt("stopping", "The worker stops.")
@@ -834,6 +850,7 @@ def stop(worker: Worker, grace_s: float = 0, timeout_s: float = 30) -> bool:
     left = [run for run in worker.runs if not run.over and not run.finished]
     for run in left: run.interrupt("lost", "The worker has stopped.")
     hand_back_all(worker, [run.grant for run in left])
+    put_down(worker, left)
     return not worker.alive
 
 def _ended_within(worker: Worker, seconds: float) -> bool:

@@ -254,7 +254,7 @@ def test_a_model_that_is_half_moved_away_is_dropped(models, monkeypatch):
 @pytest.mark.parametrize(("name", "steps", "guidance", "side", "least"), [
     ("runwayml/stable-diffusion-v1-5", 25, 7.0, 512, 5), ("stabilityai/sdxl-turbo", 4, 0.0, 512, 1), ("SimianLuo/LCM_Dreamshaper_v7", 4, 8.0, 768, 1),
     ("stabilityai/stable-diffusion-3-medium-diffusers", 28, 7.0, 1024, 5), ("black-forest-labs/FLUX.1-schnell", 4, 0.0, 1024, 1),
-    ("Tongyi-MAI/Z-Image-Turbo", 8, 0.0, 1024, 1), ("demo", 25, 3.0, 256, 5), ("stabilityai/stable-diffusion-xl-base-1.0", 30, 5.0, 1024, 5)])
+    ("Tongyi-MAI/Z-Image-Turbo", 8, 0.0, 1024, 1), ("demo", 25, 2.0, 256, 5), ("stabilityai/stable-diffusion-xl-base-1.0", 30, 5.0, 1024, 5)])
 def test_known_models_draw_as_their_makers_meant(name, steps, guidance, side, least):
     wanted = image_defaults(Settings(environ={}), known_model(find_model(name)))
     assert (wanted.steps, wanted.guidance_scale, wanted.width, wanted.height, wanted.min_steps) == (steps, guidance, side, side, least)

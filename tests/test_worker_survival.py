@@ -190,7 +190,7 @@ def test_the_next_job_is_leased_while_one_runs_that_ends_soon(tmp_path):
         worker.start()
         hold.running.wait(30)
         eventually(lambda: second.refresh().status == "leased")
-        assert [job["phase"] for job in worker.snapshot()["jobs"]] == ["starting", "waiting"]
+        eventually(lambda: [job["phase"] for job in worker.snapshot()["jobs"]] == ["starting", "waiting"])
         hold.go.set()
         assert {first.wait(30).status, second.wait(30).status} == {"completed"} and worker.stop(5)
 
