@@ -15,7 +15,7 @@ help:   ## show this
 
 demo:   ## draw a picture: server, worker and job in one command
 	@$(SETUP) images
-	@$(RUN) -m colab_gpu demo "a red circle on a blue background"
+	@$(RUN) -m colab_gpu demo "a house by the sea at sunset"
 
 test:   ## everything: notebooks, agreement, ruff, mypy, unit, process and end-to-end tests
 	@$(SETUP) images chat dev

@@ -459,7 +459,7 @@ def _add_jobs(add: Callable[..., argparse.ArgumentParser]) -> None:
     jobs.add_argument("--limit", type=int, default=20, help="1 to 200")
     jobs.add_argument("--before", metavar="ID", help="older than this job")
     add("workers", cmd_workers, "List the workers seen lately")
-    drain = add("drain", cmd_drain, "Ask a worker to finish what it has and take no more")
+    drain = add("drain", cmd_drain, "Ask a worker to finish what it has, take no more, and stop")
     drain.add_argument("worker", help="its label or its instance")
     drain.add_argument("--off", action="store_true", help="let it work again")
 
@@ -476,7 +476,7 @@ def _add_images(add: Callable[..., argparse.ArgumentParser]) -> None:
         command.add_argument("--priority", choices=("high", "normal", "low"))
         command.add_argument("--timeout", type=_seconds, metavar="S", help="seconds to wait")
     demo = add("demo", cmd_demo, "Start everything here, draw one picture, stop everything", server=False)
-    for command, default in ((imagine, None), (demo, "a red circle on a blue background")):
+    for command, default in ((imagine, None), (demo, "a house by the sea at sunset")):
         command.add_argument("prompt", nargs="?" if default else None, default=default)
         command.add_argument("-o", "--output", default="demo.png" if default else "out.png", metavar="FILE.png")
         _image_flags(command)

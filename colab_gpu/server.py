@@ -408,7 +408,7 @@ def _following(app: App) -> None:
         now = broker.now_ms()
         return json_response({"workers": [w.wire(now) for w in reversed(broker.roster.workers.values())]})
 
-    @app.route("POST", "/workers/{id}/drain", "caller", "Ask a worker, by label or instance, to finish what it has and take no more",
+    @app.route("POST", "/workers/{id}/drain", "caller", "Ask a worker, by label or instance, to finish what it has, take no more, and stop",
                body={"drain": "false takes it back"})
     async def drain_worker(request: Request) -> Response:
         body = await request.json(app.body_bytes, need_type=from_browser(request)) or {}
