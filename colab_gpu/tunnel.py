@@ -72,7 +72,7 @@ def _quiet_logs() -> None:
     above = logging.getLogger("pyngrok")
     if not above.handlers: above.addHandler(logging.NullHandler())
 
-# %% ../nbs/17_tunnel.ipynb #03204fa0
+# %% ../nbs/17_tunnel.ipynb #839ddc5d
 def server_url(port_or_url: int | str) -> str:
     "The local address of the server on a port of this machine, or at a loopback address. Raises `InvalidSetting`."
     text = str(port_or_url).strip().rstrip("/")
@@ -80,7 +80,8 @@ def server_url(port_or_url: int | str) -> str:
     try: parts = urlsplit(url); port = 80 if parts.port is None else parts.port
     except ValueError: port = 0
     if not (1 <= port <= 65535 and parts.scheme == "http" and is_loopback(url) and not parts.path and not parts.username):
-        raise InvalidSetting(f"A tunnel leads to a server on this machine: its port (1 to 65535), or http://127.0.0.1:PORT, not {text!r}.", field="--port")
+        raise InvalidSetting(f"A tunnel leads to a server on this machine: its port (1 to 65535), or http://127.0.0.1:PORT, not {text!r}.",
+                             field="--port")
     return url
 
 def _ask_local(url: str, path: str, timeout_s: float = 5) -> tuple[int, Any]:
@@ -94,7 +95,7 @@ def _ask_local(url: str, path: str, timeout_s: float = 5) -> tuple[int, Any]:
         except ValueError: return answer.status, None
     finally: connection.close()
 
-# %% ../nbs/17_tunnel.ipynb #fe133c90
+# %% ../nbs/17_tunnel.ipynb #8c49fa41
 def check_server(url: str) -> None:
     """Return if a queue server answers at `url` and asks strangers for both tokens.
 
@@ -112,11 +113,12 @@ def check_server(url: str) -> None:
                            code="server_down") from None
     for name, (status, _) in (("GPU_CLIENT_TOKEN", caller), ("GPU_WORKER_TOKEN", worker)):
         if status == 401: continue
-        raise TunnelFailed(f"The server at {url} does not ask for a token ({name}), and is not made public: start it with `colab-gpu serve --tunnel`, "
-                           f"which makes the tokens, or set {name} (and not GPU_CLIENT_AUTH=none) and restart it.", code="unprotected", retryable=False)
+        raise TunnelFailed(f"The server at {url} does not ask for a token ({name}), and is not made public: start it with "
+                           f"`colab-gpu serve --tunnel`, which makes the tokens, or set {name} (and not GPU_CLIENT_AUTH=none) and restart it.",
+                           code="unprotected", retryable=False)
 
-# %% ../nbs/17_tunnel.ipynb #de7d44ec
-TOKEN_FILE = "tokens.env"
+# %% ../nbs/17_tunnel.ipynb #98f3c6c6
+TOKEN_FILE = "tokens.env"  # noqa: S105  (a name)
 
 def public_tokens(settings: Mapping[str, Any]) -> tuple[dict[str, str], Path | None]:
     """GPU_CLIENT_TOKEN and GPU_WORKER_TOKEN for a server that goes public, and the file that has them if they came from no setting.
@@ -124,7 +126,8 @@ def public_tokens(settings: Mapping[str, Any]) -> tuple[dict[str, str], Path | N
     Raises `InvalidSetting` when GPU_CLIENT_AUTH opens the server to everyone, or the file cannot be read or written.
     """
     if settings["GPU_CLIENT_AUTH"] == "none":
-        raise InvalidSetting("GPU_CLIENT_AUTH=none opens the server to everyone: with a tunnel that is the whole internet. Unset it.", field="GPU_CLIENT_AUTH")
+        raise InvalidSetting("GPU_CLIENT_AUTH=none opens the server to everyone: with a tunnel that is the whole internet. Unset it.",
+                             field="GPU_CLIENT_AUTH")
     names = ("GPU_CLIENT_TOKEN", "GPU_WORKER_TOKEN")
     given = {name: str(settings[name]) for name in names if settings[name]}
     if len(given) == len(names): return given, None
@@ -143,7 +146,8 @@ def write_private(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file: file.write(text)
-    except OSError as e: raise InvalidSetting(f"{path} cannot be written ({e.strerror}): choose another data folder.", field="COLAB_GPU_DATA") from None
+    except OSError as e:
+        raise InvalidSetting(f"{path} cannot be written ({e.strerror}): choose another data folder.", field="COLAB_GPU_DATA") from None
 
 # %% ../nbs/17_tunnel.ipynb #8555c536
 def choose_kind(settings: Mapping[str, Any]) -> str:
@@ -222,7 +226,7 @@ def _limit(seconds: float, stop: threading.Event, end: Callable[[], Any]) -> Ite
     try: yield late
     finally: left.set(); thread.join()
 
-# %% ../nbs/17_tunnel.ipynb #0cf72434
+# %% ../nbs/17_tunnel.ipynb #5b4a6e9a
 class Ngrok:
     """ngrok's agent, through pyngrok.
 
@@ -255,7 +259,8 @@ class Ngrok:
         try: found = _ask_local(self.process.api_url, "/api/endpoints")[1]
         except (OSError, http.client.HTTPException): return TunnelFailed("ngrok's agent does not answer.", code="ngrok_silent")
         urls = [str(each.get("url") or each.get("public_url")).rstrip("/") for each in (found or {}).get("endpoints") or []]
-        return None if self.url in urls else ngrok_failure("\n".join(self._heard)) or TunnelFailed("ngrok has dropped the tunnel.", code="ngrok_dropped")
+        if self.url in urls: return None
+        return ngrok_failure("\n".join(self._heard)) or TunnelFailed("ngrok has dropped the tunnel.", code="ngrok_dropped")
 
     def close(self) -> None:
         "See `Agent.close`."
@@ -268,7 +273,7 @@ class Ngrok:
         if entry.lvl in ("ERROR", "CRITICAL") or "ERROR" in entry.line: self._heard.append(entry.line)
     def _last(self) -> str: return clean(self._heard[-1]) if self._heard else "it said nothing"
 
-# %% ../nbs/17_tunnel.ipynb #bba29572
+# %% ../nbs/17_tunnel.ipynb #838ea6c8
 def _prepare(agent: Ngrok, program: str) -> Any:
     "pyngrok's configuration for this tunnel, its files in a new private folder."
     from pyngrok import conf
@@ -304,21 +309,24 @@ def _connect(agent: Ngrok, program: str) -> str:
         except (PyngrokError, OSError, http.client.HTTPException, ValueError) as e:
             raise _ngrok_error(agent, e, late.is_set()) from None
     if urlsplit(found.public_url).scheme not in ("http", "https"):
-        raise TunnelFailed("ngrok opened something else than a web address: remove the domain from NGROK_DOMAIN.", code="ngrok_ended", retryable=False)
+        raise TunnelFailed("ngrok opened something else than a web address: remove the domain from NGROK_DOMAIN.",
+                           code="ngrok_ended", retryable=False)
     return str(found.public_url).rstrip("/")
 
 def _ngrok_error(agent: Ngrok, error: Exception, late: bool) -> TunnelFailed:
     "What an exception of pyngrok's means."
     if agent.stop.is_set(): return TunnelFailed("The tunnel was closed before it was open.", code="tunnel_closed")
-    said = [str(getattr(error, "body", "") or ""), str(getattr(error, "ngrok_error", "") or ""), *(log.line for log in getattr(error, "ngrok_logs", []))]
+    said = [str(getattr(error, name, "") or "") for name in ("body", "ngrok_error")] + [log.line for log in getattr(error, "ngrok_logs", [])]
     known = ngrok_failure("\n".join(said)) or ngrok_failure("\n".join(agent._heard))
     if known: return known
-    if late: return TunnelFailed(f"ngrok did not open the tunnel within {agent.settings['TUNNEL_START_SECONDS']:g} s: check that this machine reaches "
-                                 "connect.ngrok-agent.com:443, and try again.", code="tunnel_timeout")
+    if late:
+        return TunnelFailed(f"ngrok did not open the tunnel within {agent.settings['TUNNEL_START_SECONDS']:g} s: check that this machine "
+                            "reaches connect.ngrok-agent.com:443, and try again.", code="tunnel_timeout")
     words = next((line for line in reversed(said) if line.strip()), "") or str(error)
-    return TunnelFailed(f"ngrok did not start ({clean(words)}): try again; if it stays so, remove the program so that it is downloaded anew.", code="ngrok_ended")
+    return TunnelFailed(f"ngrok did not start ({clean(words)}): try again; if it stays so, remove the program so that it is "
+                        "downloaded anew.", code="ngrok_ended")
 
-# %% ../nbs/17_tunnel.ipynb #59d802bb
+# %% ../nbs/17_tunnel.ipynb #4bcee1b3
 _BOXED = re.compile(r"\|\s+(https?://\S+)\s+\|")
 
 class Cloudflared:
@@ -326,7 +334,7 @@ class Cloudflared:
     kind = "cloudflared"
     def __init__(self, local: str, settings: Mapping[str, Any], say: Callable[[str], Any], stop: threading.Event) -> None:
         self.local, self.settings, self.stop = local, settings, stop
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.url, self._registered, self._lines = "", False, deque[str](maxlen=50)
 
     def open(self) -> str:
@@ -336,7 +344,7 @@ class Cloudflared:
         self._lines.clear()
         program = shutil.which("cloudflared") or "cloudflared"
         try: self.process = subprocess.Popen([program, "tunnel", "--no-autoupdate", "--url", self.local], stdin=subprocess.DEVNULL,
-                                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
+                                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                              env={k: v for k, v in os.environ.items() if not _is_private(k)}, **_OWN_GROUP)
         except OSError as e: raise TunnelFailed(f"cloudflared cannot be run ({e.strerror}): install it anew.", code="cloudflared_missing") from None
         reader = threading.Thread(target=self._read, args=(self.process,), name="cloudflared-log", daemon=True)
@@ -346,14 +354,15 @@ class Cloudflared:
             self.close()
             raise
 
-    def _read(self, process: subprocess.Popen[str]) -> None:
-        for line in process.stdout or ():
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
+        for raw in process.stdout or ():
+            line = raw.decode("utf-8", "replace")
             self._lines.append(line)
             found = _BOXED.search(line)
             if found and not self.url: self.url = found[1].rstrip("/")
             if "Registered tunnel connection" in line: self._registered = True
 
-    def _await(self, process: subprocess.Popen[str], reader: threading.Thread) -> str:
+    def _await(self, process: subprocess.Popen[bytes], reader: threading.Thread) -> str:
         deadline = time.monotonic() + self.settings["TUNNEL_START_SECONDS"]
         while not (self.url and self._registered):
             if self.stop.is_set(): raise TunnelFailed("The tunnel was closed before it was open.", code="tunnel_closed")
@@ -374,22 +383,23 @@ class Cloudflared:
         if self.process is not None: end_process(self.process, 5)
         self.process = None
 
-# %% ../nbs/17_tunnel.ipynb #b953e658
+# %% ../nbs/17_tunnel.ipynb #3834613b
 def cloudflared_failure(log: str, waited_s: float | None = None) -> TunnelFailed:
     "What the log of a `cloudflared` means that has ended, or was waited for in vain for `waited_s` seconds."
     if "429" in log or "error code: 1015" in log:
         return TunnelFailed("Cloudflare hands out no more quick tunnels to this address for now: wait some minutes, or use ngrok (TUNNEL=ngrok).",
                             code="cloudflared_busy")
     if "failed to request quick Tunnel" in log or "failed to unmarshal quick Tunnel" in log or "failed to parse quick Tunnel" in log:
-        return TunnelFailed("Cloudflare gave no quick tunnel: check that this machine reaches api.trycloudflare.com, and try again.", code="cloudflared_refused")
+        return TunnelFailed("Cloudflare gave no quick tunnel: check that this machine reaches api.trycloudflare.com, and try again.",
+                            code="cloudflared_refused")
     if waited_s is not None:
-        return TunnelFailed(f"cloudflared did not open the tunnel within {waited_s:g} s: check that this machine may connect to port 7844, and try again.",
-                            code="tunnel_timeout")
+        return TunnelFailed(f"cloudflared did not open the tunnel within {waited_s:g} s: check that this machine may connect to port 7844, "
+                            "and try again.", code="tunnel_timeout")
     last = next((line for line in reversed(log.splitlines()) if line.strip()), "it said nothing")
     return TunnelFailed(f"cloudflared did not start ({clean(last)}): run `cloudflared tunnel --url http://127.0.0.1:3001` to see all it says.",
                         code="cloudflared_ended")
 
-# %% ../nbs/17_tunnel.ipynb #b1428270
+# %% ../nbs/17_tunnel.ipynb #85c0f6ed
 def probe(url: str, timeout_s: float = 10) -> None:
     """Return if the server answers at its public address `url`. This request is counted by the tunnel's plan.
 
@@ -397,7 +407,8 @@ def probe(url: str, timeout_s: float = 10) -> None:
     """
     request = urllib.request.Request(f"{url}/healthz", headers={"ngrok-skip-browser-warning": "1", "User-Agent": "colab-gpu"})  # noqa: S310
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer: status, body = answer.status, answer.read(100_000)  # noqa: S310  (an address of ours)
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:  # noqa: S310  (an address of ours)
+            status, body = answer.status, answer.read(100_000)
     except urllib.error.HTTPError as e:
         with e: status, body = e.code, e.read(100_000)
     except (OSError, http.client.HTTPException, ValueError) as e:
