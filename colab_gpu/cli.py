@@ -196,7 +196,7 @@ def _open_beside(url: str, settings: Settings, stop: threading.Event, opened: li
     local = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//127.0.0.1:")
     try: opened.append(open_tunnel(local, settings, say=say, on_address=_public_at, stop=stop))
     except ColabGPUError as e:
-        if stop.is_set(): return  # the server is ending anyway
+        if e.code in ("tunnel_closed", "server_down"): return  # the server, which answered a moment ago, is ending
         failed.append(e)
         signal.raise_signal(signal.SIGTERM)
     else: _public_at(opened[0].url)
