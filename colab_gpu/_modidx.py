@@ -214,6 +214,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'colab_gpu.cli._check_images': ('cli.html#_check_images', 'colab_gpu/cli.py'),
                                'colab_gpu.cli._check_server': ('cli.html#_check_server', 'colab_gpu/cli.py'),
                                'colab_gpu.cli._check_service': ('cli.html#_check_service', 'colab_gpu/cli.py'),
+                               'colab_gpu.cli._check_tunnel': ('cli.html#_check_tunnel', 'colab_gpu/cli.py'),
                                'colab_gpu.cli._client': ('cli.html#_client', 'colab_gpu/cli.py'),
                                'colab_gpu.cli._draw': ('cli.html#_draw', 'colab_gpu/cli.py'),
                                'colab_gpu.cli._file': ('cli.html#_file', 'colab_gpu/cli.py'),

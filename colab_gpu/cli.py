@@ -435,7 +435,7 @@ def cmd_settings(args: argparse.Namespace) -> int:
 def checks(settings: Settings) -> list[tuple[str, str, str]]:
     "What this machine has: (what, `ok`, `missing` or `note`, a sentence with the command that mends it)."
     rows = [("Python", "ok", sys.version.split()[0])]
-    rows += [_check_images(), _check_chat(settings), *_check_service(settings)]
+    rows += [_check_images(), _check_chat(settings), *_check_service(settings), *_check_tunnel(settings)]
     for name, whose in (("GPU_WORKER_TOKEN", "the server"), ("STACK_WORKER_TOKEN", "the worker")):
         rows.append((name, "ok", "set") if settings[name] else
                     (name, "note", f"not set: {whose} needs it; choose a long random text, the same for both"))
@@ -468,6 +468,12 @@ def _check_service(settings: Settings) -> list[tuple[str, str, str]]:
     try: service = ServiceImages(settings)
     except InvalidSetting as e: return [("image service", "missing", e.message)]
     return [("image service", "ok", f"{service.addresses[0].host} is asked by a standby (colab-gpu worker --standby 20)")]
+
+def _check_tunnel(settings: Settings) -> list[tuple[str, str, str]]:
+    if settings["TUNNEL"] == "none": return []
+    from colab_gpu.tunnel import choose_kind
+    try: return [("tunnel", "ok", f"{choose_kind(settings)} (colab-gpu serve --tunnel)")]
+    except InvalidSetting as e: return [("tunnel", "note", e.message)]
 
 def _check_data(folder: Path) -> tuple[str, str, str]:
     at = folder

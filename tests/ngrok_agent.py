@@ -148,7 +148,7 @@ def main():
     if "silent" in now:
         threading.Event().wait()
     if "quit" in now:
-        print("ERROR: this ngrok has had a bad day", file=sys.stderr, flush=True)
+        print(f"ERROR: this ngrok has had a bad day with {token}", file=sys.stderr, flush=True)
         sys.exit(1)
     log("info", "no configuration paths supplied")
     log("info", "starting web service", obj="web", addr=serve(Api).removeprefix("http://"), allow_hosts="[]")

@@ -107,7 +107,7 @@ def is_gone(pid):
 def test_requests_through_the_public_address_reach_the_server(stand_in, server, kind):
     with stand_in.tunnel(server.port, TUNNEL=kind) as tunnel:
         assert (tunnel.kind, tunnel.state) == (kind, "open") and tunnel.url != server.url
-        assert get(f"{tunnel.url}/gpu-jobs", CALLER) == (200, {"jobs": [], "next": None}) or get(f"{tunnel.url}/gpu-jobs", CALLER)[1]["jobs"] == []
+        assert get(f"{tunnel.url}/gpu-jobs", CALLER)[1]["jobs"] == []
         assert get(f"{tunnel.url}/gpu-jobs")[1]["error"] == "client_token_required"
         assert get(f"{tunnel.url}/gpu-jobs/next?worker=w")[1]["error"] == "missing_worker_token"
         assert get(f"{tunnel.url}/gpu-jobs/next?worker=w", CALLER)[1]["error"] == "invalid_worker_token"
@@ -204,7 +204,7 @@ def test_what_ngrok_refuses_is_said_in_words(stand_in, server, order, code, retr
     stand_in.order(order)
     with pytest.raises(TunnelFailed) as caught:
         stand_in.tunnel(server.port)
-    assert (caught.value.code, caught.value.retryable) == (code, retryable) and words in caught.value.message
+    assert (caught.value.code, caught.value.retryable) == (code, retryable) and words in caught.value.message and AUTH not in caught.value.message
     assert is_gone(stand_in.seen["pid"])
 
 
