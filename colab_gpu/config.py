@@ -176,8 +176,8 @@ _ROWS += [
     Setting("NGROK_DOMAIN", "", domain, "Your domain at ngrok, such as name.ngrok-free.app; blank for what ngrok gives", "tunnel"),
     Setting("NGROK_PATH", "", str, "The program ngrok; blank: it is downloaded once", "tunnel"),
     Setting("TUNNEL_START_SECONDS", "30", number(1, 600), "Longest time for a tunnel to open, seconds", "tunnel"),
-    Setting("TUNNEL_CHECK_SECONDS", "15", number(0.05, 3600), "Time between looks at the tunnel's program, seconds; free", "tunnel"),
-    Setting("TUNNEL_PROBE_SECONDS", "1800", number(0.05, 86_400), "Time between requests to the public address, seconds; these are counted", "tunnel"),
+    Setting("TUNNEL_CHECK_SECONDS", "15", number(0.05, 3600), "Time between looks at the tunnel's program (free), seconds", "tunnel"),
+    Setting("TUNNEL_PROBE_SECONDS", "1800", number(0.05, 86_400), "Time between requests to the public address (counted), seconds", "tunnel"),
 ]
 
 # %% ../nbs/01_config.ipynb #6cd0c1f5

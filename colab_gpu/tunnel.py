@@ -226,7 +226,7 @@ def _limit(seconds: float, stop: threading.Event, end: Callable[[], Any]) -> Ite
     try: yield late
     finally: left.set(); thread.join()
 
-# %% ../nbs/17_tunnel.ipynb #5b4a6e9a
+# %% ../nbs/17_tunnel.ipynb #25bfd3cc
 class Ngrok:
     """ngrok's agent, through pyngrok.
 
@@ -254,13 +254,7 @@ class Ngrok:
 
     def ailment(self) -> TunnelFailed | None:
         "See `Agent.ailment`."
-        if self.process is None or self.process.proc.poll() is not None:
-            return ngrok_failure("\n".join(self._heard)) or TunnelFailed(f"ngrok has ended ({self._last()}).", code="ngrok_ended")
-        try: found = _ask_local(self.process.api_url, "/api/endpoints")[1]
-        except (OSError, http.client.HTTPException): return TunnelFailed("ngrok's agent does not answer.", code="ngrok_silent")
-        urls = [str(each.get("url") or each.get("public_url")).rstrip("/") for each in (found or {}).get("endpoints") or []]
-        if self.url in urls: return None
-        return ngrok_failure("\n".join(self._heard)) or TunnelFailed("ngrok has dropped the tunnel.", code="ngrok_dropped")
+        return _ngrok_ailment(self)
 
     def close(self) -> None:
         "See `Agent.close`."
@@ -273,7 +267,17 @@ class Ngrok:
         if entry.lvl in ("ERROR", "CRITICAL") or "ERROR" in entry.line: self._heard.append(entry.line)
     def _last(self) -> str: return clean(self._heard[-1]) if self._heard else "it said nothing"
 
-# %% ../nbs/17_tunnel.ipynb #838ea6c8
+# %% ../nbs/17_tunnel.ipynb #764ee817
+def _ngrok_ailment(agent: Ngrok) -> TunnelFailed | None:
+    if agent.process is None or agent.process.proc.poll() is not None:
+        return ngrok_failure("\n".join(agent._heard)) or TunnelFailed(f"ngrok has ended ({agent._last()}).", code="ngrok_ended")
+    try: found = _ask_local(agent.process.api_url, "/api/endpoints")[1]
+    except (OSError, http.client.HTTPException): return TunnelFailed("ngrok's agent does not answer.", code="ngrok_silent")
+    urls = [str(each.get("url") or each.get("public_url")).rstrip("/") for each in (found or {}).get("endpoints") or []]
+    if agent.url in urls: return None
+    return ngrok_failure("\n".join(agent._heard)) or TunnelFailed("ngrok has dropped the tunnel.", code="ngrok_dropped")
+
+# %% ../nbs/17_tunnel.ipynb #6b6d3571
 def _prepare(agent: Ngrok, program: str) -> Any:
     "pyngrok's configuration for this tunnel, its files in a new private folder."
     from pyngrok import conf
@@ -313,6 +317,7 @@ def _connect(agent: Ngrok, program: str) -> str:
                            code="ngrok_ended", retryable=False)
     return str(found.public_url).rstrip("/")
 
+# %% ../nbs/17_tunnel.ipynb #edf2db54
 def _ngrok_error(agent: Ngrok, error: Exception, late: bool) -> TunnelFailed:
     "What an exception of pyngrok's means."
     if agent.stop.is_set(): return TunnelFailed("The tunnel was closed before it was open.", code="tunnel_closed")
@@ -326,7 +331,7 @@ def _ngrok_error(agent: Ngrok, error: Exception, late: bool) -> TunnelFailed:
     return TunnelFailed(f"ngrok did not start ({clean(words)}): try again; if it stays so, remove the program so that it is "
                         "downloaded anew.", code="ngrok_ended")
 
-# %% ../nbs/17_tunnel.ipynb #4bcee1b3
+# %% ../nbs/17_tunnel.ipynb #83c6cc89
 _BOXED = re.compile(r"\|\s+(https?://\S+)\s+\|")
 
 class Cloudflared:
@@ -347,31 +352,12 @@ class Cloudflared:
                                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                              env={k: v for k, v in os.environ.items() if not _is_private(k)}, **_OWN_GROUP)
         except OSError as e: raise TunnelFailed(f"cloudflared cannot be run ({e.strerror}): install it anew.", code="cloudflared_missing") from None
-        reader = threading.Thread(target=self._read, args=(self.process,), name="cloudflared-log", daemon=True)
+        reader = threading.Thread(target=_read_log, args=(self, self.process), name="cloudflared-log", daemon=True)
         reader.start()
-        try: return self._await(self.process, reader)
+        try: return _await_address(self, self.process, reader)
         except BaseException:
             self.close()
             raise
-
-    def _read(self, process: subprocess.Popen[bytes]) -> None:
-        for raw in process.stdout or ():
-            line = raw.decode("utf-8", "replace")
-            self._lines.append(line)
-            found = _BOXED.search(line)
-            if found and not self.url: self.url = found[1].rstrip("/")
-            if "Registered tunnel connection" in line: self._registered = True
-
-    def _await(self, process: subprocess.Popen[bytes], reader: threading.Thread) -> str:
-        deadline = time.monotonic() + self.settings["TUNNEL_START_SECONDS"]
-        while not (self.url and self._registered):
-            if self.stop.is_set(): raise TunnelFailed("The tunnel was closed before it was open.", code="tunnel_closed")
-            if process.poll() is not None:
-                reader.join(5)  # its last words may still be on their way
-                raise cloudflared_failure("".join(self._lines))
-            if time.monotonic() > deadline: raise cloudflared_failure("".join(self._lines), self.settings["TUNNEL_START_SECONDS"])
-            time.sleep(0.02)
-        return self.url
 
     def ailment(self) -> TunnelFailed | None:
         "See `Agent.ailment`."
@@ -382,6 +368,26 @@ class Cloudflared:
         "See `Agent.close`."
         if self.process is not None: end_process(self.process, 5)
         self.process = None
+
+# %% ../nbs/17_tunnel.ipynb #37f9d8dd
+def _read_log(agent: Cloudflared, process: subprocess.Popen[bytes]) -> None:
+    for raw in process.stdout or ():
+        line = raw.decode("utf-8", "replace")
+        agent._lines.append(line)
+        found = _BOXED.search(line)
+        if found and not agent.url: agent.url = found[1].rstrip("/")
+        if "Registered tunnel connection" in line: agent._registered = True
+
+def _await_address(agent: Cloudflared, process: subprocess.Popen[bytes], reader: threading.Thread) -> str:
+    deadline = time.monotonic() + agent.settings["TUNNEL_START_SECONDS"]
+    while not (agent.url and agent._registered):
+        if agent.stop.is_set(): raise TunnelFailed("The tunnel was closed before it was open.", code="tunnel_closed")
+        if process.poll() is not None:
+            reader.join(5)  # its last words may still be on their way
+            raise cloudflared_failure("".join(agent._lines))
+        if time.monotonic() > deadline: raise cloudflared_failure("".join(agent._lines), agent.settings["TUNNEL_START_SECONDS"])
+        time.sleep(0.02)
+    return agent.url
 
 # %% ../nbs/17_tunnel.ipynb #3834613b
 def cloudflared_failure(log: str, waited_s: float | None = None) -> TunnelFailed:
@@ -423,12 +429,13 @@ def probe(url: str, timeout_s: float = 10) -> None:
     if status != 200 or not isinstance(health, dict) or health.get("status") != "ok":
         raise TunnelFailed(f"{url} answered {status}, and not as a colab-gpu server does.", code="not_a_server")
 
-# %% ../nbs/17_tunnel.ipynb #fd8410bb
+# %% ../nbs/17_tunnel.ipynb #297b2010
 _WAITED_FOR = ("behind_down", "ngrok_8012", "ngrok_734")  # opening the tunnel again would not help
 _AT_ONCE = ("ngrok_3200", "cloudflare_530")  # the provider itself says that the tunnel is gone
 _STILL_HELD = ("ngrok_108", "ngrok_334")
 MOST_MISSES, STEADY_S, FIRST_PAUSE_S, LONGEST_PAUSE_S = 3, 60.0, 1.0, 60.0
 
+# %% ../nbs/17_tunnel.ipynb #d28b5bd2
 class Tunnel:
     """A public address for a server that runs here. Made by `open_tunnel`.
 
@@ -465,21 +472,15 @@ class Tunnel:
     def watch(self) -> Tunnel:
         "Repeat `turn` in a thread until the tunnel ends."
         self._thread = threading.Thread(target=_watch, args=(self,), name="tunnel-watch", daemon=True)
-        self._thread.start()
-        return self
+        self._thread.start(); return self
     def wait(self, timeout_s: float | None = None) -> bool:
         "Wait until the tunnel is closed or given up, at most `timeout_s` seconds; whether it is."
         return self._ended.wait(timeout_s)
     def close(self) -> None:
         "End the tunnel in good order; again does nothing."
-        self._stop.set()
-        with self._lock:
-            self.agent.close()
-            if self.state != "failed": self.state = "closed"
-            self._ended.set()
-        if self._thread is not None and self._thread is not threading.current_thread(): self._thread.join(10)
+        _close(self)
 
-# %% ../nbs/17_tunnel.ipynb #91af2ba1
+# %% ../nbs/17_tunnel.ipynb #762d5dec
 def turn(tunnel: Tunnel, now: float) -> float:
     "One look at a tunnel; see `Tunnel.turn`."
     if tunnel._stop.is_set() or tunnel.state in ("closed", "failed"): return tunnel.check_s
@@ -503,6 +504,7 @@ def _pause(tunnel: Tunnel) -> float:
     tunnel._tries += 1
     return float(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(tunnel._tries - 2, 10)))
 
+# %% ../nbs/17_tunnel.ipynb #b39e5b65
 def _reopen(tunnel: Tunnel, now: float) -> float:
     try: _opened(tunnel, tunnel.agent.open(), now)
     except (TunnelFailed, InvalidSetting) as e:
@@ -529,6 +531,14 @@ def _give_up(tunnel: Tunnel, error: TunnelFailed) -> float:
     tunnel.say(f"The tunnel is closed. {error.message}")
     tunnel._ended.set()
     return tunnel.check_s
+
+def _close(tunnel: Tunnel) -> None:
+    tunnel._stop.set()
+    with tunnel._lock:
+        tunnel.agent.close()
+        if tunnel.state != "failed": tunnel.state = "closed"
+        tunnel._ended.set()
+    if tunnel._thread is not None and tunnel._thread is not threading.current_thread(): tunnel._thread.join(10)
 
 # %% ../nbs/17_tunnel.ipynb #4e490c1c
 def _seen_from_outside(tunnel: Tunnel, now: float) -> TunnelFailed | None:
