@@ -17,9 +17,9 @@ from .daemon import end_process, is_loopback
 from .errors import InvalidSetting, TunnelFailed
 
 # %% auto #0
-__all__ = ['NGROK_WORDS', 'TOKEN_FILE', 'MOST_MISSES', 'STEADY_S', 'FIRST_PAUSE_S', 'LONGEST_PAUSE_S', 'AGENTS', 'ngrok_failure',
-           'clean', 'server_url', 'check_server', 'public_tokens', 'write_private', 'choose_kind', 'Agent',
-           'ngrok_config', 'launcher', 'ngrok_program', 'Ngrok', 'Cloudflared', 'cloudflared_failure', 'probe',
+__all__ = ['NGROK_WORDS', 'TOKEN_FILE', 'MINDED', 'MOST_MISSES', 'STEADY_S', 'FIRST_PAUSE_S', 'LONGEST_PAUSE_S', 'AGENTS',
+           'ngrok_failure', 'clean', 'server_url', 'check_server', 'public_tokens', 'write_private', 'choose_kind',
+           'Agent', 'ngrok_config', 'launcher', 'ngrok_program', 'Ngrok', 'Cloudflared', 'cloudflared_failure', 'probe',
            'Tunnel', 'turn', 'open_tunnel']
 
 # %% ../nbs/17_tunnel.ipynb #d1a17bfd
@@ -166,13 +166,18 @@ def choose_kind(settings: Mapping[str, Any]) -> str:
     if wish == "ngrok" and not has_ngrok: raise InvalidSetting('ngrok needs one more package: pip install "colab-gpu[tunnel]"', field="TUNNEL")
     return wish
 
-# %% ../nbs/17_tunnel.ipynb #c73cb034
+# %% ../nbs/17_tunnel.ipynb #8619348b
 def _is_private(name: str) -> bool:
     return (name in SETTINGS and SETTINGS[name].secret) or name.startswith("TUNNEL_") or name == "NGROK_API_KEY"
+
+# `$$` and `$PPID` are the agent's process and ours, in the loop too. The loop holds none of the agent's pipes.
+MINDED = ("(while kill -0 $$; do kill -0 $PPID || kill $$; sleep 2; done) </dev/null >/dev/null 2>&1 & "
+          'exec "$@" 2>&1 </dev/null')
 
 class Agent(Protocol):
     "The program that holds a tunnel."
     kind: str
+    requests: int | None  # that came through since it was opened last; `None` where it doesn't tell
     def open(self) -> str:
         "Start it and return the public address. Raises `TunnelFailed`."
     def ailment(self) -> TunnelFailed | None:
@@ -182,15 +187,15 @@ class Agent(Protocol):
 
 _OWN_GROUP: dict[str, Any] = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
 
-# %% ../nbs/17_tunnel.ipynb #d1d4715b
+# %% ../nbs/17_tunnel.ipynb #47f92d2c
 def ngrok_config(token: str) -> str:
     "The agent's configuration, version 3, as JSON, which is YAML too. Source: https://ngrok.com/docs/agent/config/v3"
     return json.dumps({"version": "3", "agent": {"authtoken": token, "inspect_db_size": -1, "update_check": False}})
 
 def launcher(program: str, private: Sequence[str]) -> str:
-    "A shell script that becomes `program`, without the variables in `private`, without our terminal, its errors among its log lines."
+    "A shell script that becomes `program`, without the variables in `private`."
     drop = "".join(f"unset {name}\n" for name in private if re.fullmatch(r"\w+", name))
-    return f"#!/bin/sh\n{drop}exec {shlex.quote(program)} \"$@\" 2>&1 </dev/null\n"
+    return f"#!/bin/sh\n{drop}exec {shlex.join(['/bin/sh', '-c', MINDED, 'sh', program])} \"$@\"\n"
 
 # %% ../nbs/17_tunnel.ipynb #fe3f543f
 def ngrok_program(settings: Mapping[str, Any], say: Callable[[str], Any]) -> str:
@@ -226,7 +231,7 @@ def _limit(seconds: float, stop: threading.Event, end: Callable[[], Any]) -> Ite
     try: yield late
     finally: left.set(); thread.join()
 
-# %% ../nbs/17_tunnel.ipynb #25bfd3cc
+# %% ../nbs/17_tunnel.ipynb #dbd8e00a
 class Ngrok:
     """ngrok's agent, through pyngrok.
 
@@ -241,6 +246,7 @@ class Ngrok:
         self.process: Any = None  # pyngrok's, while it runs
         self.folder: Path | None = None
         self.url, self._heard = "", deque[str](maxlen=50)
+        self.requests: int | None = None
 
     def open(self) -> str:
         "See `Agent.open`."
@@ -267,14 +273,16 @@ class Ngrok:
         if entry.lvl in ("ERROR", "CRITICAL") or "ERROR" in entry.line: self._heard.append(entry.line)
     def _last(self) -> str: return clean(self._heard[-1]) if self._heard else "it said nothing"
 
-# %% ../nbs/17_tunnel.ipynb #764ee817
+# %% ../nbs/17_tunnel.ipynb #0736443c
 def _ngrok_ailment(agent: Ngrok) -> TunnelFailed | None:
     if agent.process is None or agent.process.proc.poll() is not None:
         return ngrok_failure("\n".join(agent._heard)) or TunnelFailed(f"ngrok has ended ({agent._last()}).", code="ngrok_ended")
     try: found = _ask_local(agent.process.api_url, "/api/endpoints")[1]
     except (OSError, http.client.HTTPException): return TunnelFailed("ngrok's agent does not answer.", code="ngrok_silent")
-    urls = [str(each.get("url") or each.get("public_url")).rstrip("/") for each in (found or {}).get("endpoints") or []]
-    if agent.url in urls: return None
+    for each in (found or {}).get("endpoints") or []:
+        if str(each.get("url") or each.get("public_url")).rstrip("/") != agent.url: continue
+        agent.requests = ((each.get("metrics") or {}).get("http") or {}).get("count")
+        return None
     return ngrok_failure("\n".join(agent._heard)) or TunnelFailed("ngrok has dropped the tunnel.", code="ngrok_dropped")
 
 # %% ../nbs/17_tunnel.ipynb #6b6d3571
@@ -331,7 +339,7 @@ def _ngrok_error(agent: Ngrok, error: Exception, late: bool) -> TunnelFailed:
     return TunnelFailed(f"ngrok did not start ({clean(words)}): try again; if it stays so, remove the program so that it is "
                         "downloaded anew.", code="ngrok_ended")
 
-# %% ../nbs/17_tunnel.ipynb #83c6cc89
+# %% ../nbs/17_tunnel.ipynb #8c3a3bb1
 _BOXED = re.compile(r"\|\s+(https?://\S+)\s+\|")
 
 class Cloudflared:
@@ -341,6 +349,7 @@ class Cloudflared:
         self.local, self.settings, self.stop = local, settings, stop
         self.process: subprocess.Popen[bytes] | None = None
         self.url, self._registered, self._lines = "", False, deque[str](maxlen=50)
+        self.requests: int | None = None
 
     def open(self) -> str:
         "See `Agent.open`."
@@ -348,7 +357,8 @@ class Cloudflared:
         self.url, self._registered = "", False
         self._lines.clear()
         program = shutil.which("cloudflared") or "cloudflared"
-        try: self.process = subprocess.Popen([program, "tunnel", "--no-autoupdate", "--url", self.local], stdin=subprocess.DEVNULL,
+        minded = ["/bin/sh", "-c", MINDED, "sh"] if os.name == "posix" else []
+        try: self.process = subprocess.Popen([*minded, program, "tunnel", "--no-autoupdate", "--url", self.local], stdin=subprocess.DEVNULL,
                                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                              env={k: v for k, v in os.environ.items() if not _is_private(k)}, **_OWN_GROUP)
         except OSError as e: raise TunnelFailed(f"cloudflared cannot be run ({e.strerror}): install it anew.", code="cloudflared_missing") from None
@@ -435,7 +445,7 @@ _AT_ONCE = ("ngrok_3200", "cloudflare_530")  # the provider itself says that the
 _STILL_HELD = ("ngrok_108", "ngrok_334")
 MOST_MISSES, STEADY_S, FIRST_PAUSE_S, LONGEST_PAUSE_S = 3, 60.0, 1.0, 60.0
 
-# %% ../nbs/17_tunnel.ipynb #d28b5bd2
+# %% ../nbs/17_tunnel.ipynb #32e560c5
 class Tunnel:
     """A public address for a server that runs here. Made by `open_tunnel`.
 
@@ -451,7 +461,7 @@ class Tunnel:
         self.check_s, self.probe_s = float(settings["TUNNEL_CHECK_SECONDS"]), float(settings["TUNNEL_PROBE_SECONDS"])
         self.url, self.state, self.opened, self.probes = "", "opening", 0, 0
         self.error: TunnelFailed | None = None
-        self._stop, self._ended, self._lock = stop, threading.Event(), threading.Lock()  # the lock: one turn, or the end, at a time
+        self._stop, self._ended, self._lock = stop, threading.Event(), threading.RLock()  # the lock: one turn, or the end, at a time
         self._tries = self._misses = 0
         self._opened_at = self._next_probe = 0.0
         self._seen = self._told = False
@@ -462,9 +472,9 @@ class Tunnel:
     def __exit__(self, *_: Any) -> None: self.close()
 
     def snapshot(self) -> dict[str, Any]:
-        "What there is to show: plain values, no secrets."
+        "What there is to show: plain values, no secrets; `requests` that came through since it was opened last, if the program tells."
         return {"kind": self.kind, "state": self.state, "url": self.url, "local": self.local, "opened": self.opened, "probes": self.probes,
-                "error": self.error.message if self.error else None}
+                "requests": self.agent.requests, "error": self.error.message if self.error else None}
 
     def turn(self, now: float) -> float:
         "Look once, and open again what is gone; the seconds until the next look. `now`: a monotonic time, seconds."

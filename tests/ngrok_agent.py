@@ -117,7 +117,8 @@ class Api(Public):
             return self.say(404, b"{}", "application/json")
         if self.command == "POST":
             return self.open(asked)
-        listed = [] if "drop" in orders() else list(self.endpoints.values())
+        count = {"http": {"count": len(SEEN.facts["public"]), "rate1": 0}, "conns": {"count": 1}}
+        listed = [] if "drop" in orders() else [{**each, "metrics": count} for each in self.endpoints.values()]
         self.say(200, json.dumps({"endpoints": listed, "uri": "/api/endpoints"}).encode(), "application/json")
 
     do_GET = do_POST = answer

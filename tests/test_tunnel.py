@@ -145,7 +145,7 @@ def test_the_public_address_is_asked_rarely(stand_in, server):
         return look()
 
     tunnel.agent.ailment = counted
-    assert looked.wait(60) and tunnel.probes == 1
+    assert looked.wait(60) and tunnel.probes == 1 and tunnel.snapshot()["requests"] == 1
     [(method, path, headers)] = stand_in.seen["public"]
     assert (method, path) == ("GET", "/healthz") and "ngrok-skip-browser-warning" in {k.lower() for k in headers} and "Authorization" not in headers
 
@@ -415,6 +415,23 @@ def test_tunnel_stays_until_it_is_told_to_end(stand_in, server, command, number,
     process.signal(number)
     assert process.popen.wait(60) == code and is_gone(pid)
     assert said(process) == url
+
+
+@pytest.mark.parametrize("kind", ["ngrok", "cloudflared"])
+def test_no_agent_outlives_us(stand_in, server, command, kind):
+    process = command("tunnel", "--kind", kind, "--port", server.port)
+    process.wait_for(r"^http://\S+$")
+    pid = stand_in.seen["pid"]
+    process.kill()
+    eventually(lambda: is_gone(pid), "the agent's end")
+
+
+def test_closing_from_a_callback(stand_in, server):
+    tunnel = stand_in.tunnel(server.port)
+    tunnel.on_address = lambda url: tunnel.close()
+    os.kill(stand_in.seen["pid"], signal.SIGKILL)
+    assert tunnel.wait(60) and tunnel.state == "closed"
+    eventually(lambda: is_gone(stand_in.seen["pid"]), "the agent's end")
 
 
 def test_tunnel_ends_with_1_when_it_is_lost_for_good(stand_in, server, command):
