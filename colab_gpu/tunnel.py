@@ -197,7 +197,7 @@ def launcher(program: str, private: Sequence[str]) -> str:
     drop = "".join(f"unset {name}\n" for name in private if re.fullmatch(r"\w+", name))
     return f"#!/bin/sh\n{drop}exec {shlex.join(['/bin/sh', '-c', MINDED, 'sh', program])} \"$@\"\n"
 
-# %% ../nbs/17_tunnel.ipynb #fe3f543f
+# %% ../nbs/17_tunnel.ipynb #56bee4ad
 def ngrok_program(settings: Mapping[str, Any], say: Callable[[str], Any]) -> str:
     "The path of the agent, downloaded if it is missing. Raises `InvalidSetting`, and `TunnelFailed` when it cannot be had."
     from pyngrok import conf, installer
@@ -213,7 +213,8 @@ def ngrok_program(settings: Mapping[str, Any], say: Callable[[str], Any]) -> str
     setattr(installer, "_print_progress_enabled", False)  # noqa: B010  (it writes to standard output, which is for the address)
     try: installer.install_ngrok(wanted)
     except (PyngrokError, OSError) as e:
-        raise TunnelFailed(f"ngrok could not be downloaded ({clean(str(e))}): let this machine reach bin.ngrok.com, or put the program from "
+        why = re.sub(r"^An error occurred while downloading ngrok from \S+: ", "", str(e))
+        raise TunnelFailed(f"ngrok could not be downloaded ({clean(why)}): let this machine reach bin.ngrok.com, or put the program from "
                            "https://ngrok.com/download here and set NGROK_PATH, or install cloudflared.", code="ngrok_missing") from None
     return wanted
 

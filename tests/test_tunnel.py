@@ -232,7 +232,7 @@ def test_a_program_that_cannot_be_had(stand_in, server, tmp_path, monkeypatch):
     for name in ("HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # no network for the download
     monkeypatch.setenv("PYNGROK_NGROK_PATH", str(tmp_path / "nowhere" / "ngrok"))
-    with pytest.raises(TunnelFailed, match="let this machine reach bin.ngrok.com, or .* set NGROK_PATH") as caught:
+    with pytest.raises(TunnelFailed, match=r"could not be downloaded \(<urlopen error .*let this machine reach bin.ngrok.com, or .* set NGROK_PATH") as caught:
         stand_in.tunnel(server.port, NGROK_PATH="")
     assert caught.value.code == "ngrok_missing" and caught.value.retryable
     with pytest.raises(InvalidSetting, match="NGROK_PATH: there is no program at"):
