@@ -72,7 +72,7 @@ def _quiet_logs() -> None:
     above = logging.getLogger("pyngrok")
     if not above.handlers: above.addHandler(logging.NullHandler())
 
-# %% ../nbs/17_tunnel.ipynb #839ddc5d
+# %% ../nbs/17_tunnel.ipynb #175b6374
 def server_url(port_or_url: int | str) -> str:
     "The local address of the server on a port of this machine, or at a loopback address. Raises `InvalidSetting`."
     text = str(port_or_url).strip().rstrip("/")
@@ -84,7 +84,7 @@ def server_url(port_or_url: int | str) -> str:
                              field="--port")
     return url
 
-def _ask_local(url: str, path: str, timeout_s: float = 5) -> tuple[int, Any]:
+def _ask_local(url: str, path: str, timeout_s: float = 15) -> tuple[int, Any]:
     "Status and JSON of a request without a token, straight to this machine: no proxy is asked, none is announced."
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=timeout_s)

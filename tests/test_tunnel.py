@@ -18,8 +18,9 @@ pytest.importorskip("pyngrok")
 if os.name == "nt":
     pytest.skip("the stand-in agents are shell scripts", allow_module_level=True)
 
+from colab_gpu.client import Client
 from colab_gpu.config import Settings
-from colab_gpu.errors import InvalidSetting, TunnelFailed
+from colab_gpu.errors import InvalidSetting, TunnelDown, TunnelFailed
 from colab_gpu.tunnel import open_tunnel, probe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ class StandIn:
             program = self.bin / name
             program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/{name}_agent.py "$@"\n')
             program.chmod(0o755)
-        self.env = {"NGROK_AUTHTOKEN": AUTH, "NGROK_PATH": self.bin / "ngrok", "STAND_IN_FOLDER": self.folder, "TUNNEL_CHECK_SECONDS": 0.1,
+        self.env = {"NGROK_AUTHTOKEN": AUTH, "NGROK_PATH": self.bin / "ngrok", "STAND_IN_FOLDER": self.folder, "TUNNEL_CHECK_SECONDS": 0.1, "TUNNEL_START_SECONDS": 300,
                     "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ROOT, "GPU_CLIENT_TOKEN": CALLER}
         self.lines, self.addresses, self.open_ones = [], [], []
 
@@ -119,6 +120,22 @@ def test_requests_through_the_public_address_reach_the_server(stand_in, server, 
     assert tunnel.state == "closed" and tunnel.wait(0) and is_gone(pid)
     with pytest.raises(OSError):
         get(f"{tunnel.url}/healthz")
+
+
+def test_caller_and_worker_meet_through_the_tunnel(stand_in, server, work):
+    tunnel = stand_in.tunnel(server.port)
+    worker = work(tunnel.url)
+    client = Client(tunnel.url, CALLER)
+    job = client.wait(client.submit("sleepy", {"seconds": 0}).id, 60)
+    assert job.status == "completed" and job.data["workerId"] == "w1"
+    assert worker.popen.poll() is None
+
+
+def test_a_down_tunnel_is_told_to_the_client_as_one(stand_in, server):
+    tunnel = stand_in.tunnel(server.port)
+    stand_in.order("page=3200")
+    with pytest.raises(TunnelDown, match="the tunnel is offline"):
+        Client(tunnel.url, CALLER).jobs()
 
 
 def test_the_domain_and_the_server_are_what_ngrok_is_asked_for(stand_in, server):
