@@ -507,9 +507,10 @@ def test_serve_ends_when_its_tunnel_cannot_be_opened(stand_in, command):
     assert "stop the other one" in said(process) and "public at" not in said(process) and "Traceback" not in said(process)
 
 
-def test_serve_stopped_while_its_tunnel_opens(stand_in, command):
-    stand_in.order("silent")
-    process = command("serve", "--tunnel", "--port", "0", TUNNEL_START_SECONDS=600)
+@pytest.mark.parametrize(("kind", "order"), [("ngrok", "silent"), ("cloudflared", "unregistered")])
+def test_serve_stopped_while_its_tunnel_opens(stand_in, command, kind, order):
+    stand_in.order(order)
+    process = command("serve", "--tunnel", "--port", "0", TUNNEL=kind, TUNNEL_START_SECONDS=600)
     eventually(lambda: stand_in.started, "the agent's start")
     assert process.end(60) == 0 and is_gone(stand_in.seen["pid"])
 
