@@ -166,12 +166,13 @@ def choose_kind(settings: Mapping[str, Any]) -> str:
     if wish == "ngrok" and not has_ngrok: raise InvalidSetting('ngrok needs one more package: pip install "colab-gpu[tunnel]"', field="TUNNEL")
     return wish
 
-# %% ../nbs/17_tunnel.ipynb #8619348b
+# %% ../nbs/17_tunnel.ipynb #ab80d2ab
 def _is_private(name: str) -> bool:
     return (name in SETTINGS and SETTINGS[name].secret) or name.startswith("TUNNEL_") or name == "NGROK_API_KEY"
 
-# `$$` and `$PPID` are the agent's process and ours, in the loop too. The loop holds none of the agent's pipes.
-MINDED = ("(while kill -0 $$; do kill -0 $PPID || kill $$; sleep 2; done) </dev/null >/dev/null 2>&1 & "
+# `$$` and `$PPID` are the agent's process and ours, in the loop too; `$0` is its private folder, if any. The loop holds none of its pipes.
+MINDED = ('(while kill -0 $$; do kill -0 $PPID || { kill $$; case $0 in */colab-gpu-ngrok-*) rm -r "$0";; esac; }; sleep 2; done) '
+          "</dev/null >/dev/null 2>&1 & "
           'exec "$@" 2>&1 </dev/null')
 
 class Agent(Protocol):
@@ -187,15 +188,15 @@ class Agent(Protocol):
 
 _OWN_GROUP: dict[str, Any] = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
 
-# %% ../nbs/17_tunnel.ipynb #47f92d2c
+# %% ../nbs/17_tunnel.ipynb #617266cd
 def ngrok_config(token: str) -> str:
     "The agent's configuration, version 3, as JSON, which is YAML too. Source: https://ngrok.com/docs/agent/config/v3"
     return json.dumps({"version": "3", "agent": {"authtoken": token, "inspect_db_size": -1, "update_check": False}})
 
-def launcher(program: str, private: Sequence[str]) -> str:
-    "A shell script that becomes `program`, without the variables in `private`."
+def launcher(program: str, private: Sequence[str], folder: Path) -> str:
+    "A shell script that becomes `program`, without the variables in `private`; its private `folder` goes with us."
     drop = "".join(f"unset {name}\n" for name in private if re.fullmatch(r"\w+", name))
-    return f"#!/bin/sh\n{drop}exec {shlex.join(['/bin/sh', '-c', MINDED, 'sh', program])} \"$@\"\n"
+    return f"#!/bin/sh\n{drop}exec {shlex.join(['/bin/sh', '-c', MINDED, str(folder), program])} \"$@\"\n"
 
 # %% ../nbs/17_tunnel.ipynb #56bee4ad
 def ngrok_program(settings: Mapping[str, Any], say: Callable[[str], Any]) -> str:
@@ -286,7 +287,7 @@ def _ngrok_ailment(agent: Ngrok) -> TunnelFailed | None:
         return None
     return ngrok_failure("\n".join(agent._heard)) or TunnelFailed("ngrok has dropped the tunnel.", code="ngrok_dropped")
 
-# %% ../nbs/17_tunnel.ipynb #6b6d3571
+# %% ../nbs/17_tunnel.ipynb #c250cc72
 def _prepare(agent: Ngrok, program: str) -> Any:
     "pyngrok's configuration for this tunnel, its files in a new private folder."
     from pyngrok import conf
@@ -297,7 +298,7 @@ def _prepare(agent: Ngrok, program: str) -> Any:
     write_private(agent.folder / "ngrok.yml", ngrok_config(token))
     if os.name == "posix":
         script = agent.folder / "ngrok"
-        write_private(script, launcher(program, [*filter(_is_private, {*SETTINGS, *os.environ})]))
+        write_private(script, launcher(program, [*filter(_is_private, {*SETTINGS, *os.environ})], agent.folder))
         script.chmod(0o700)
         program = str(script)
     limit_s = agent.settings["TUNNEL_START_SECONDS"]

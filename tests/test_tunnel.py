@@ -444,9 +444,11 @@ def test_tunnel_stays_until_it_is_told_to_end(stand_in, server, command, number,
 def test_no_agent_outlives_us(stand_in, server, command, kind):
     process = command("tunnel", "--kind", kind, "--port", server.port)
     process.wait_for(r"^http://\S+$")
-    pid = stand_in.seen["pid"]
+    seen = stand_in.seen
     process.kill()
-    eventually(lambda: is_gone(pid), "the agent's end")
+    eventually(lambda: is_gone(seen["pid"]), "the agent's end")
+    if kind == "ngrok":
+        eventually(lambda: not Path(seen["argv"][seen["argv"].index("--config") + 1]).parent.exists(), "the end of the file with the token")
 
 
 def test_closing_from_a_callback(stand_in, server):
