@@ -21,10 +21,10 @@ from .tools import beside, load_tools
 # %% auto #0
 __all__ = ['NEEDS_IMAGES', 'NEEDS_CHAT', 'say', 'show', 'Progress', 'job_line', 'show_job', 'follow', 'read_payload',
            'read_json_file', 'cmd_serve', 'cmd_submit', 'cmd_status', 'cmd_cancel', 'cmd_retry', 'cmd_wait', 'cmd_jobs',
-           'cmd_events', 'worker_line', 'cmd_workers', 'cmd_drain', 'image_payload', 'cmd_imagine', 'cmd_replay',
-           'chat_payload', 'cmd_chat', 'canceled_with_us', 'executors_here', 'chat_executors', 'preload_chat',
-           'provided', 'signed', 'worker_executors', 'cmd_worker', 'cmd_demo', 'cmd_settings', 'cmd_doctor',
-           'build_parser', 'run_command', 'main', 'helper_parser', 'helper_body', 'mcp_gpu_job']
+           'cmd_events', 'cmd_tunnel', 'worker_line', 'cmd_workers', 'cmd_drain', 'image_payload', 'cmd_imagine',
+           'cmd_replay', 'chat_payload', 'cmd_chat', 'canceled_with_us', 'executors_here', 'chat_executors',
+           'preload_chat', 'provided', 'signed', 'worker_executors', 'cmd_worker', 'cmd_demo', 'cmd_settings',
+           'cmd_doctor', 'build_parser', 'run_command', 'main', 'helper_parser', 'helper_body', 'mcp_gpu_job']
 
 # %% ../nbs/20_cli.ipynb #f8a99289
 def say(text: str) -> None:
@@ -126,8 +126,10 @@ def _settings(args: argparse.Namespace, **more: Any) -> Settings:
 
 def cmd_serve(args: argparse.Namespace) -> int:
     from colab_gpu.server import serve
-    settings = _settings(args, COLAB_GPU_HOST=args.host, COLAB_GPU_PORT=args.port, COLAB_GPU_DATA=args.data, COLAB_GPU_DATABASE=args.database)
+    given = {"COLAB_GPU_HOST": args.host, "COLAB_GPU_PORT": args.port, "COLAB_GPU_DATA": args.data, "COLAB_GPU_DATABASE": args.database}
+    settings = _settings(args, **given)
     for name in SETTINGS: settings[name]  # what is wrong is said before anything is opened
+    if args.tunnel: return _serve_public(args, settings, given)
     if not settings["GPU_WORKER_TOKEN"]: say("No worker will be served: set GPU_WORKER_TOKEN, here and (as STACK_WORKER_TOKEN) at the worker.")
     serve(settings, on_ready=lambda server: print(f"colab-gpu serves at {server.url}", flush=True))
     return 0
@@ -167,6 +169,49 @@ def cmd_events(args: argparse.Namespace) -> int:
         data = json.dumps(event.data, ensure_ascii=False)
         print(json.dumps({"event": event.kind, "data": event.data}, ensure_ascii=False) if args.json else f"{event.kind:9} {data[:300]}", flush=True)
     return 0
+
+# %% ../nbs/20_cli.ipynb #d925bc8d
+def _serve_public(args: argparse.Namespace, settings: Settings, given: dict[str, Any]) -> int:
+    from colab_gpu.server import serve
+    from colab_gpu.tunnel import choose_kind, public_tokens
+    choose_kind(settings)
+    tokens, path = public_tokens(settings)
+    if path: say(f"GPU_CLIENT_TOKEN (for callers) and GPU_WORKER_TOKEN (for workers) are in {path}.")
+    stop, threads, opened, failed = threading.Event(), list[threading.Thread](), list[Any](), list[ColabGPUError]()
+    def ready(server: Any) -> None:
+        print(f"colab-gpu serves at {server.url}", flush=True)
+        threads.append(threading.Thread(target=_open_beside, args=(server.url, settings, stop, opened, failed), daemon=True))
+        threads[0].start()
+    try: serve(_settings(args, **given, **tokens), on_ready=ready)
+    finally:
+        stop.set()
+        for thread in threads: thread.join(30)
+        for tunnel in opened: tunnel.close()
+    if failed: raise failed[0]
+    return 0
+
+def _open_beside(url: str, settings: Settings, stop: threading.Event, opened: list[Any], failed: list[ColabGPUError]) -> None:
+    "Open the tunnel of a server that runs in the main thread; end the server when that fails."
+    from colab_gpu.tunnel import open_tunnel
+    local = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//127.0.0.1:")
+    try: opened.append(open_tunnel(local, settings, say=say, on_address=_public_at, stop=stop))
+    except ColabGPUError as e:
+        if e.code in ("tunnel_closed", "server_down"): return  # the server, which answered a moment ago, is ending
+        failed.append(e)
+        signal.raise_signal(signal.SIGTERM)
+    else: _public_at(opened[0].url)
+
+def _public_at(url: str) -> None: print(f"colab-gpu is public at {url}", flush=True)
+
+# %% ../nbs/20_cli.ipynb #4b562d9e
+def cmd_tunnel(args: argparse.Namespace) -> int:
+    from colab_gpu.tunnel import open_tunnel
+    settings = _settings(args, COLAB_GPU_PORT=args.port, TUNNEL=args.kind, NGROK_DOMAIN=args.domain)
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that what we started ends
+    with open_tunnel(settings["COLAB_GPU_PORT"], settings, say=say, on_address=lambda url: print(url, flush=True)) as tunnel:
+        print(tunnel.url, flush=True)
+        while not tunnel.wait(3600): pass
+    return 1 if tunnel.state == "failed" else 0
 
 # %% ../nbs/20_cli.ipynb #2a5b39f8
 def worker_line(data: dict[str, Any]) -> str:
@@ -405,7 +450,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help + ".")
         command.set_defaults(run=run)
         if server: command.add_argument("--server", metavar="URL", help="address of the queue server (STACK_API_BASE)")
-        if name not in ("serve", "worker", "demo"): command.add_argument("--json", action="store_true", help="print JSON")
+        if name not in ("serve", "tunnel", "worker", "demo"): command.add_argument("--json", action="store_true", help="print JSON")
         return command
     _add_running(add)
     _add_jobs(add)
@@ -421,6 +466,11 @@ def _add_running(add: Callable[..., argparse.ArgumentParser]) -> None:
     serve.add_argument("--port", help="port to listen on (3001); 0 takes a free one")
     serve.add_argument("--data", metavar="DIR", help="data folder (colab-gpu-data)")
     serve.add_argument("--database", metavar="URL", help="database, if not queue.db in the data folder")
+    serve.add_argument("--tunnel", action="store_true", help="make it public, with tokens (TUNNEL says how)")
+    tunnel = add("tunnel", cmd_tunnel, "Make a server that runs on this machine public", server=False)
+    tunnel.add_argument("--port", help="the server's port (3001)")
+    tunnel.add_argument("--domain", help="your domain at ngrok (NGROK_DOMAIN)")
+    tunnel.add_argument("--kind", choices=("auto", "ngrok", "cloudflared"), help="who makes the tunnel (TUNNEL)")
     worker = add("worker", cmd_worker, "Run jobs on this machine")
     worker.add_argument("--once", action="store_true", help="run one job, then stop")
     worker.add_argument("--tools", help="tools to serve, comma list")

@@ -11,8 +11,8 @@ from typing import Any
 from .errors import InvalidSetting
 
 # %% auto #0
-__all__ = ['SETTINGS', 'number', 'flag', 'words', 'limits', 'choice', 'base_url', 'networks', 'signing_secret', 'Setting',
-           'colab_secrets', 'Settings', 'apply_overrides']
+__all__ = ['SETTINGS', 'number', 'flag', 'words', 'limits', 'choice', 'base_url', 'networks', 'domain', 'signing_secret',
+           'Setting', 'colab_secrets', 'Settings', 'apply_overrides']
 
 # %% ../nbs/01_config.ipynb #61612a66
 def number(low: float, high: float, *, whole: bool = False) -> Callable[[str], Any]:
@@ -66,6 +66,14 @@ def networks(text: str) -> tuple[Any, ...]:
     from ipaddress import ip_network
     try: return tuple(ip_network(part) for part in words(text))
     except ValueError: raise ValueError("must be a comma list of networks such as 10.0.0.0/8 or 127.0.0.1") from None
+
+def domain(text: str) -> str:
+    "A caster for a host name, bare or as an address: https://name.ngrok-free.app/ is name.ngrok-free.app."
+    from re import fullmatch
+    host = text.strip().lower().removeprefix("https://").rstrip("/")
+    if len(host) > 253 or not fullmatch(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9-]{2,63}", host):
+        raise ValueError("must be a host name such as name.ngrok-free.app")
+    return host
 
 def signing_secret(text: str) -> str:
     "A caster for what signs webhooks: 24 characters or more; after `whsec_` they are base64 (Standard Webhooks)."
@@ -158,6 +166,18 @@ _ROWS += [
     Setting("MCP_IMAGEN_URL", "", base_url, "Image service: an MCP endpoint, or an address that ends in /generate", "providers"),
     Setting("MCP_IMAGEN_SECONDS", "300", number(1, 86_400), "Longest wait for a picture from the image service, seconds", "providers"),
     Setting("MCP_IMAGEN_MAX_BYTES", str(64 << 20), number(1024, 1 << 30, whole=True), "Largest answer of the image service, bytes", "providers"),
+]
+
+# %% ../nbs/01_config.ipynb #88a8b1e8
+_ROWS += [
+    Setting("TUNNEL", "auto", choice("auto", "ngrok", "cloudflared", "none"),
+            "Who makes the server public; auto: ngrok with a token, else cloudflared if installed", "tunnel"),
+    Setting("NGROK_AUTHTOKEN", "", str, "ngrok's token: https://dashboard.ngrok.com/get-started/your-authtoken", "tunnel", True),
+    Setting("NGROK_DOMAIN", "", domain, "Your domain at ngrok, such as name.ngrok-free.app; blank for what ngrok gives", "tunnel"),
+    Setting("NGROK_PATH", "", str, "The program ngrok; blank: it is downloaded once", "tunnel"),
+    Setting("TUNNEL_START_SECONDS", "30", number(1, 600), "Longest time for a tunnel to open, seconds", "tunnel"),
+    Setting("TUNNEL_CHECK_SECONDS", "15", number(0.05, 3600), "Time between looks at the tunnel's program (free), seconds", "tunnel"),
+    Setting("TUNNEL_PROBE_SECONDS", "1800", number(0.05, 86_400), "Time between requests to the public address (counted), seconds", "tunnel"),
 ]
 
 # %% ../nbs/01_config.ipynb #6cd0c1f5

@@ -14,13 +14,13 @@ from uuid import uuid4
 from .client import Transport
 from .config import SETTINGS, Settings
 from .daemon import Daemon, ollama_version
-from .errors import AccessDenied, ColabGPUError, MissingToken, NotFound
+from .errors import AccessDenied, ColabGPUError, InvalidSetting, MissingToken, NotFound
 from .gpu import Device, find_device, gib
 
 # %% auto #0
 __all__ = ['DRAWING', 'LEAST_BYTES', 'MODEL_BYTES', 'Finding', 'looked', 'look_at_accelerator', 'look_at_images', 'look_at_chat',
-           'look_at_service', 'nearest', 'look_at_data', 'model_cache', 'look_at_cache', 'look_at_server', 'try_token',
-           'examine', 'wrong_settings', 'missing_tokens']
+           'look_at_service', 'look_at_tunnel', 'nearest', 'look_at_data', 'model_cache', 'look_at_cache',
+           'look_at_server', 'try_token', 'examine', 'wrong_settings', 'missing_tokens']
 
 # %% ../nbs/19a_doctor.ipynb #427b3ebc
 class Finding(NamedTuple):
@@ -78,6 +78,12 @@ def look_at_service(settings: Settings) -> Finding:
     "The image service that a standby asks, where one is set."
     from colab_gpu.providers import ServiceImages
     return Finding("image service", "ok", f"{ServiceImages(settings).addresses[0].host} is asked by a standby (colab-gpu worker --standby 20)")
+
+def look_at_tunnel(settings: Settings) -> Finding:
+    "What would make this machine's server public, should somebody ask for that."
+    from colab_gpu.tunnel import choose_kind
+    try: return Finding("tunnel", "ok", f"{choose_kind(settings)} (colab-gpu serve --tunnel)")
+    except InvalidSetting as e: return Finding("tunnel", "note", e.message)
 
 # %% ../nbs/19a_doctor.ipynb #295bb3bf
 LEAST_BYTES, MODEL_BYTES = 1 << 30, 10 << 30
@@ -147,6 +153,7 @@ def examine(settings: Settings, device: Device | None = None) -> list[Finding]:
     rows.append(looked("images", lambda: look_at_images(device, "imagenGenerate" in tools)))
     rows.append(looked("chat", lambda: look_at_chat(settings, "ollama" in tools)))
     if settings.source("MCP_IMAGEN_URL")[0]: rows.append(looked("image service", lambda: look_at_service(settings)))
+    if settings.source("TUNNEL")[0] != "none": rows.append(looked("tunnel", lambda: look_at_tunnel(settings)))
     rows.append(looked("data folder", lambda: look_at_data(Path(settings["COLAB_GPU_DATA"]))))
     rows += [look_at_cache(model_cache()), *missing_tokens(settings)]
     try: rows += look_at_server(settings)

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 __all__ = ['ERROR_KINDS', 'RETRYABLE_KINDS', 'ColabGPUError', 'RequestError', 'InvalidPayload', 'NotFound', 'JobNotFound',
            'MissingToken', 'AccessDenied', 'Conflict', 'IdempotencyConflict', 'LeaseLost', 'ResultConflict', 'JobEnded',
            'JobNotInProgress', 'Unprocessable', 'PayloadTooLarge', 'Unavailable', 'QueueFull', 'ConnectionFailed',
-           'TunnelDown', 'ExecutionError', 'InvalidInput', 'OutOfMemory', 'Transient', 'Interrupted', 'InvalidSetting',
-           'IllegalMove', 'from_wire']
+           'TunnelDown', 'TunnelFailed', 'ExecutionError', 'InvalidInput', 'OutOfMemory', 'Transient', 'Interrupted',
+           'InvalidSetting', 'IllegalMove', 'from_wire']
 
 # %% ../nbs/00_errors.ipynb #c509e7c7
 class ColabGPUError(Exception):
@@ -132,6 +132,10 @@ class ConnectionFailed(ColabGPUError):
 class TunnelDown(ConnectionFailed):
     """The tunnel in front of the server answered, not the server."""
     code = "tunnel_down"
+
+class TunnelFailed(ConnectionFailed):
+    """The tunnel could not be opened, or is gone."""
+    code = "tunnel_failed"
 
 # %% ../nbs/00_errors.ipynb #f04b53f8
 class ExecutionError(ColabGPUError):

@@ -103,7 +103,7 @@ def test_the_references_helper(cli, tmp_path):
 
 def test_help_and_version(cli):
     assert cli("--version")[1].startswith("colab-gpu 0.")
-    for command in ("serve", "worker", "submit", "status", "wait", "jobs", "cancel", "retry", "events", "imagine", "replay", "demo", "settings", "doctor"):
+    for command in ("serve", "tunnel", "worker", "submit", "status", "wait", "jobs", "cancel", "retry", "events", "imagine", "replay", "demo", "settings", "doctor"):
         assert cli(command, "--help")[0] == 0
 
 

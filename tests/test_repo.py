@@ -41,6 +41,7 @@ OUT_OF_REACH = {
     "server": {"client", "worker", "images", "chat", "gpu"}, "webhooks": {"server", "client", "worker"}, "worker": {"server", "store", "broker", "httpd"},
     "client": {"server", "store", "broker", "httpd", "worker"}, "images": {"server", "worker"}, "daemon": {"server", "worker"}, "chat": {"server", "worker"},
     "tools": {"server", "worker", "client"}, "providers": {"server", "worker", "images"},
+    "tunnel": {"server", "worker", "client", "store", "broker"},
 }
 # Third-party names live in one room each (`doctor` looks whether they can be imported).
 HOMES = {"torch": {"pipelines", "gpu", "doctor"}, "diffusers": {"pipelines", "doctor"}, "transformers": {"pipelines"}, "accelerate": {"pipelines"},
