@@ -380,7 +380,7 @@ def on_disk(worker: Worker, every_s: float = 60) -> str:
     names: dict[str, None] = {}
     for executor in worker.executors.values():
         try: names |= dict.fromkeys(getattr(executor, "on_disk", tuple)())
-        except ColabGPUError: pass  # Ollama may be down just now
+        except (ColabGPUError, OSError): pass  # Ollama may be down just now, a cache may be changing
     worker.disk = ",".join(names)[:2000].rpartition(",")[0] if len(",".join(names)) > 2000 else ",".join(names), worker.clock()
     return worker.disk[0]
 

@@ -1,7 +1,7 @@
 """A worker that is killed in each phase of a job, and what it costs to wait: the requests of an idle worker, the pauses that servers ask for."""
 
 import pytest
-from processes import Wire, eventually, start_server, start_worker_process
+from processes import Wire, eventually, kept_results, start_server, start_worker_process
 from test_client import canned
 from test_worker import Quick, serve, worker_for
 
@@ -51,7 +51,7 @@ def test_killed_while_it_sends_the_result_is_sent_by_the_next(tmp_path, step):
         wire.let_go()
         with start_worker_process(wire.url, "cellar", tools="paint", COLAB_GPU_DATA=tmp_path / "work"):
             done = job.wait(60)
-            eventually(lambda: not list((tmp_path / "work").glob("outbox/*/*/result.json")), "the outbox to be empty")
+            eventually(lambda: not kept_results(tmp_path / "work"), "the outbox to be empty")
     assert (done.status, done.data["attempts"], done.png[:4]) == ("completed", 1, b"\x89PNG")
 
 

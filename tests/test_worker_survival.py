@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import Wire, eventually, start_server, start_worker_process
+from processes import Wire, eventually, kept_results, start_server, start_worker_process
 from test_worker import DATA, Hold, Paint, Quick, serve, worker_for
 
 from colab_gpu.client import Client
@@ -127,13 +127,13 @@ def test_a_finished_result_outlives_server_and_worker(tmp_path, gate_job):
             open(gate_job["gate"], "w").close()
             first.line("waits:")
             first.kill()
-    assert len(list((tmp_path / "work" / "outbox").glob("*/*/result.json"))) == 1
+    assert len(kept_results(tmp_path / "work")) == 1
     with start_server(tmp_path / "data", server.port) as server, \
          start_worker_process(server.url, "cellar", tools="paint", COLAB_GPU_DATA=tmp_path / "work") as second:
         done = Client(server.url, "").job(job.id).wait(60)
         second.line("left by an earlier worker")
         assert (done.status, done.result, done.data["attempts"]) == ("completed", {"by": "attic"}, 1)
-        eventually(lambda: not list((tmp_path / "work" / "outbox").glob("*/*/result.json")))
+        eventually(lambda: not kept_results(tmp_path / "work"))
     with open(gate_job["mark"]) as file: assert file.read().split() == ["attic"]
 
 
@@ -256,7 +256,7 @@ def test_results_that_cannot_be_sent_stop_the_calls_and_are_all_kept(tmp_path):
         jobs = [client.submit("nap", {"n": n}) for n in range(6)]
         for _ in range(40): wire.drop("/complete")
         worker.start()
-        eventually(lambda: len(nap.begun) >= 3 and len(list((tmp_path / "work" / "outbox").glob("*/*/result.json"))) >= 2)
+        eventually(lambda: len(nap.begun) >= 3 and len(kept_results(tmp_path / "work")) >= 2)
         wire._plans.clear()
         assert [job.wait(60).result["n"] for job in jobs] == list(range(6)) and nap.begun == list(range(6)) and worker.stop(5)
 
