@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from processes import TOKEN, Process, Wire, eventually, start_reference, start_server
+from processes import TOKEN, Process, Wire, eventually, kept_results, start_reference, start_server
 from test_client import canned
 from test_worker import DATA, Hold, Paint, Quick, serve, settings, worker_for
 from test_worker_survival import Nap
@@ -27,7 +27,7 @@ from colab_gpu.runs import Grant, Run
 from colab_gpu.worker import hand_back_all, put_down, resend, take_on
 
 
-def results(folder): return list((folder / "outbox").glob("*/*/result.json"))
+results = kept_results
 
 
 def run_of(job_id="7", heartbeat_s=20): return Run(Grant({"id": job_id, "tool": "errand"}, "t", 60, heartbeat_s))
