@@ -4,7 +4,7 @@
 
 # %% ../nbs/19a_doctor.ipynb #8779e0fd
 from __future__ import annotations
-import os, shutil, sys, tempfile
+import shutil, sys, tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -16,11 +16,12 @@ from .config import SETTINGS, Settings
 from .daemon import Daemon, ollama_version
 from .errors import AccessDenied, ColabGPUError, InvalidSetting, MissingToken, NotFound
 from .gpu import Device, find_device, gib
+from .models import model_cache
 
 # %% auto #0
 __all__ = ['DRAWING', 'LEAST_BYTES', 'MODEL_BYTES', 'Finding', 'looked', 'look_at_accelerator', 'look_at_images', 'look_at_chat',
-           'look_at_service', 'look_at_tunnel', 'nearest', 'look_at_data', 'model_cache', 'look_at_cache',
-           'look_at_server', 'try_token', 'examine', 'wrong_settings', 'missing_tokens']
+           'look_at_service', 'look_at_tunnel', 'nearest', 'look_at_data', 'look_at_cache', 'look_at_server',
+           'try_token', 'examine', 'wrong_settings', 'missing_tokens']
 
 # %% ../nbs/19a_doctor.ipynb #427b3ebc
 class Finding(NamedTuple):
@@ -102,11 +103,6 @@ def look_at_data(folder: Path) -> Finding:
     except OSError as e: return Finding("data folder", "missing", f"{folder} cannot be written ({e.strerror})", elsewhere)
     said = f"{folder}, {gib(free)} free"
     return Finding("data folder", "ok", said) if free >= LEAST_BYTES else Finding("data folder", "missing", said, f"free some space, or {elsewhere}")
-
-def model_cache() -> Path:
-    "Where the Hub's client keeps models (huggingface_hub, environment variables)."
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
 
 def look_at_cache(folder: Path) -> Finding:
     "Whether there is room for models."

@@ -13,8 +13,8 @@ from .errors import InvalidInput
 from .jobs import ImagenDefaults
 
 # %% auto #0
-__all__ = ['RENAMED', 'HUB_ID', 'KNOWN', 'FAMILIES', 'ModelSource', 'find_model', 'owner_model', 'caller_model', 'models_on_disk',
-           'KnownModel', 'known_model', 'image_defaults']
+__all__ = ['RENAMED', 'HUB_ID', 'KNOWN', 'FAMILIES', 'ModelSource', 'find_model', 'owner_model', 'caller_model', 'model_cache',
+           'models_on_disk', 'KnownModel', 'known_model', 'image_defaults']
 
 # %% ../nbs/13b_models.ipynb #ca34080d
 RENAMED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
@@ -59,11 +59,15 @@ def caller_model(asked: str | None, own: str) -> ModelSource:
     return owner_model(asked, own)
 
 # %% ../nbs/13b_models.ipynb #c8fa6254
-def models_on_disk(hub: str | Path | None = None) -> list[str]:
-    "The image models on this disk: `demo`, and those whole in the cache of the Hugging Face `hub` (`None`: where HF_HUB_CACHE or HF_HOME puts it)."
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    cache = Path(hub or os.environ.get("HF_HUB_CACHE") or home / "hub")
-    found = {path.parts[-4][len("models--"):].replace("--", "/") for path in cache.glob("models--*/snapshots/*/model_index.json")}
+def model_cache() -> Path:
+    "Where the Hub's client keeps models (huggingface_hub, environment variables)."
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+def models_on_disk(cache: str | Path | None = None) -> list[str]:
+    "The image models on this disk: `demo`, and those whole in the Hub client's `cache`; `None`: `model_cache()`."
+    whole = Path(cache or model_cache()).glob("models--*/snapshots/*/model_index.json")
+    found = {path.parts[-4][len("models--"):].replace("--", "/") for path in whole}
     return ["demo", *sorted(found)]
 
 # %% ../nbs/13b_models.ipynb #969afd92

@@ -28,7 +28,7 @@ __all__ = ['REST_S', 'LONGEST_REST_S', 'ENDING_S', 'LAST_S', 'T', 'Ear', 'hear',
            'watch_session', 'Turn', 'Worker', 'choose', 'ask', 'takes', 'identity', 'introduction', 'accelerator',
            'loaded', 'on_disk', 'trouble', 'pause_after', 'unheard', 'perform', 'begin', 'attempt', 'outcome', 'plain',
            'insist', 'upload', 'deliver', 'inline_picture', 'report', 'ended', 'waits', 'lost', 'hand_back',
-           'hand_back_all', 'take_on', 'put_down', 'serve', 'abandon', 'parts', 'call', 'kin', 'carry_out',
+           'hand_back_all', 'take_on', 'put_down', 'serve', 'abandon', 'give_back', 'parts', 'call', 'kin', 'carry_out',
            'report_all', 'conclude', 'side_by_side', 'remaining_s', 'Ahead', 'resend', 'advance', 'rest', 'tell_paused',
            'repeat', 'put_back', 'wind_up', 'close', 'stop', 'start_worker', 'stop_worker', 'run_until_interrupted']
 
@@ -103,7 +103,6 @@ class Behind:
 
     def put(self, runs: Sequence[Run], bodies: Sequence[dict[str, Any]]) -> None:
         "Report these; then waits while there is no room for more."
-        for run in runs: run.enter("uploading")
         def send() -> None:
             try: report_all(self.worker, runs, bodies)
             finally:
@@ -159,8 +158,7 @@ def watch(worker: Worker) -> None:
     if not worker.call or any(run.why != "lost" for run in worker.call): return
     behind = [run for run in worker.runs if run.phase == "waiting" and run.why is None]
     for run in behind: run.interrupt("lost", "It was handed back, because the run before it stands still.")
-    hand_back_all(worker, [run.grant for run in behind])
-    put_down(worker, behind)
+    give_back(worker, behind)
 
 def watch_session(worker: Worker) -> None:
     "Stop in good order before this machine is taken away, if it is known when."
@@ -381,7 +379,8 @@ def on_disk(worker: Worker, every_s: float = 60) -> str:
     for executor in worker.executors.values():
         try: names |= dict.fromkeys(getattr(executor, "on_disk", tuple)())
         except (ColabGPUError, OSError): pass  # Ollama may be down just now, a cache may be changing
-    worker.disk = ",".join(names)[:2000].rpartition(",")[0] if len(",".join(names)) > 2000 else ",".join(names), worker.clock()
+    told = ",".join(names)
+    worker.disk = told if len(told) <= 2000 else told[:2000].rpartition(",")[0], worker.clock()
     return worker.disk[0]
 
 # %% ../nbs/16_worker.ipynb #428f1313
@@ -615,11 +614,16 @@ def serve(worker: Worker, grants: Sequence[Grant]) -> Turn:
         put_down(worker, runs)
         worker.state = "waiting"
 
+# %% ../nbs/16_worker.ipynb #75507b7e
 def abandon(worker: Worker) -> None:
     "Hand back every job that has not been run to its end."
-    left, worker.next = [run for run in worker.runs if not run.finished and not run.over], ()
-    try: hand_back_all(worker, [run.grant for run in left])
-    finally: put_down(worker, left)
+    worker.next = ()
+    give_back(worker, [run for run in worker.runs if not run.finished and not run.over])
+
+def give_back(worker: Worker, runs: Sequence[Run]) -> None:
+    "Hand these jobs back, and be done with them."
+    try: hand_back_all(worker, [run.grant for run in runs])
+    finally: put_down(worker, runs)
 
 # %% ../nbs/16_worker.ipynb #703d63f0
 def parts(worker: Worker, runs: Iterable[Run]) -> Iterator[list[Run]]:
@@ -719,8 +723,7 @@ class Ahead:
 
     def _keep(self, runs: tuple[Run, ...]) -> tuple[Run, ...]:
         if self._over.wait(self.patience_s): return runs
-        hand_back_all(self.worker, [run.grant for run in runs])
-        put_down(self.worker, runs)
+        give_back(self.worker, runs)
         return ()
 
     def end(self) -> tuple[Run, ...]:
@@ -818,8 +821,7 @@ def repeat(worker: Worker, once: bool = False) -> Turn:
 def put_back(worker: Worker) -> None:
     "Hand back what was leased ahead."
     runs, worker.next = worker.next, ()
-    hand_back_all(worker, [run.grant for run in runs])
-    put_down(worker, runs)
+    give_back(worker, runs)
 
 def wind_up(worker: Worker) -> None:
     "Hand back what was leased ahead, and let the reports arrive."
@@ -849,8 +851,7 @@ def stop(worker: Worker, grace_s: float = 0, timeout_s: float = 30) -> bool:
     if _ended_within(worker, 1): return True
     left = [run for run in worker.runs if not run.over and not run.finished]
     for run in left: run.interrupt("lost", "The worker has stopped.")
-    hand_back_all(worker, [run.grant for run in left])
-    put_down(worker, left)
+    give_back(worker, left)
     return not worker.alive
 
 def _ended_within(worker: Worker, seconds: float) -> bool:

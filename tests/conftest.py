@@ -139,6 +139,21 @@ def client(server):
 
 
 @pytest.fixture
+def services():
+    """Starts stand-ins for an image service (`mcp` or `plain`), and ends them."""
+    from processes import ImageService
+
+    started = []
+
+    def start(kind, **env):
+        started.append(ImageService(kind, **env))
+        return started[-1]
+
+    yield start
+    for service in started: service.process.kill()
+
+
+@pytest.fixture
 def stand_in(processes):
     """Starts a stand-in for the Ollama daemon; its address."""
 

@@ -1,6 +1,7 @@
 """Processes and wires for the tests of client and worker: servers, a worker, and a connection that fails on purpose."""
 
 import json
+import json
 import os
 import re
 import socket
@@ -79,6 +80,21 @@ def start_worker_process(url, worker_id="attic", tools="gate", **settings):
                       **{"PYTHONPATH": HERE.parent, "COLAB_GPU_DATA": KEPT.name, **settings})
     process.line("Worker loop started")
     return process
+
+
+class ImageService:
+    """A stand-in as a process; see `image_service.py`."""
+
+    def __init__(self, kind, **env):
+        self.process = Process(HERE / "image_service.py", kind, PYTHONPATH=HERE.parent, **env)
+        self.host = "127.0.0.1:" + self.process.wait_for(r"^(\d+)$")[1]
+        self.url = f"http://{self.host}/{'mcp' if kind == 'mcp' else 'generate'}"
+
+    def get(self, path="/stand-in"):
+        with urllib.request.urlopen(f"http://{self.host}{path}", timeout=30) as answer: return json.load(answer)
+
+    @property
+    def seen(self): return self.get()
 
 
 class Wire:

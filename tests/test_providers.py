@@ -5,11 +5,10 @@ import json
 import socket
 import sys
 import threading
-import urllib.request
 
 import pytest
 from conftest import ROOT
-from processes import Process, eventually, png
+from processes import eventually, png
 
 from colab_gpu.config import Settings
 from colab_gpu.errors import Interrupted, InvalidInput, InvalidPayload, InvalidSetting, Transient
@@ -18,33 +17,6 @@ from colab_gpu.providers import ServiceImages
 
 BOTH = pytest.mark.parametrize("kind", ["mcp", "plain"])
 pytest.importorskip("mcp")
-
-
-class Service:
-    """A stand-in as a process; see `image_service.py`."""
-
-    def __init__(self, kind, **env):
-        self.process = Process(ROOT / "tests" / "image_service.py", kind, PYTHONPATH=ROOT, **env)
-        self.host = "127.0.0.1:" + self.process.wait_for(r"^(\d+)$")[1]
-        self.url = f"http://{self.host}/{'mcp' if kind == 'mcp' else 'generate'}"
-
-    def get(self, path="/stand-in"):
-        with urllib.request.urlopen(f"http://{self.host}{path}", timeout=30) as answer: return json.load(answer)
-
-    @property
-    def seen(self): return self.get()
-
-
-@pytest.fixture
-def services():
-    started = []
-
-    def start(kind, **env):
-        started.append(Service(kind, **env))
-        return started[-1]
-
-    yield start
-    for service in started: service.process.kill()
 
 
 def artist(url, **more):

@@ -7,7 +7,6 @@ import sys
 import pytest
 from conftest import ROOT, TOKEN
 from processes import Wire, eventually, start_server, start_worker_process
-from test_providers import Service
 
 from colab_gpu.client import Client
 from colab_gpu.config import Settings
@@ -27,18 +26,6 @@ def standby(processes):
         return process
 
     return start
-
-
-@pytest.fixture
-def services():
-    started = []
-
-    def start(kind, **env):
-        started.append(Service(kind, **env))
-        return started[-1]
-
-    yield start
-    for service in started: service.process.kill()
 
 
 @pytest.fixture

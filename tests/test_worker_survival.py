@@ -181,14 +181,20 @@ def test_nothing_is_left_behind_on_disk(tmp_path):
 # ---- one ahead, one behind
 
 
+def amid(hold, url, usual_s):
+    "A worker in the middle of a `gate` job, which took `usual_s` seconds the last time."
+    worker = worker_for(url, hold)
+    worker.pace["gate", ""] = usual_s
+    worker.start()
+    hold.running.wait(30)
+    return worker
+
+
 def test_the_next_job_is_leased_while_one_runs_that_ends_soon(tmp_path):
     with serve(tmp_path) as server:
         client, hold = Client(server.url, ""), Hold()
         first, second = client.submit("gate"), client.submit("gate")
-        worker = worker_for(server.url, hold)
-        worker.pace["gate", ""] = 1.0  # as after a call that took a second
-        worker.start()
-        hold.running.wait(30)
+        worker = amid(hold, server.url, 1.0)
         eventually(lambda: second.refresh().status == "leased")
         eventually(lambda: [job["phase"] for job in worker.snapshot()["jobs"]] == ["starting", "waiting"])
         hold.go.set()
@@ -200,10 +206,7 @@ def test_a_job_is_not_kept_waiting_behind_one_that_takes_long(tmp_path):
         client, hold = Client(server.url, ""), Hold()
         client.submit("gate")
         second = client.submit("gate")
-        worker = worker_for(server.url, hold)
-        worker.pace["gate", ""] = 3600.0
-        worker.start()
-        hold.running.wait(30)
+        worker = amid(hold, server.url, 3600.0)
         quick = Hold()
         quick.go.set()
         other = worker_for(server.url, quick, WORKER_ID="cellar").start()
@@ -216,10 +219,7 @@ def test_who_is_idle_gets_the_job_before_who_looks_ahead(tmp_path):
     with serve(tmp_path) as server, Wire(server.url) as wire:
         client, hold = Client(server.url, ""), Hold()
         client.submit("gate")
-        busy = worker_for(wire.url, hold)
-        busy.pace["gate", ""] = 1.0
-        busy.start()
-        hold.running.wait(30)
+        busy = amid(hold, wire.url, 1.0)
         eventually(lambda: len(wire.heads("wait=0")) >= 1, "a look ahead")
         quick = Hold()
         quick.go.set()
@@ -239,10 +239,7 @@ def test_what_was_leased_ahead_is_handed_back_when_the_worker_drains(tmp_path):
         client, hold = Client(server.url, ""), Hold()
         client.submit("gate")
         second = client.submit("gate")
-        worker = worker_for(server.url, hold)
-        worker.pace["gate", ""] = 1.0
-        worker.start()
-        hold.running.wait(30)
+        worker = amid(hold, server.url, 1.0)
         eventually(lambda: second.refresh().status == "leased")
         worker.drain()
         hold.go.set()
