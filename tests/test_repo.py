@@ -30,7 +30,7 @@ MUST_NOT_KNOW = {
     "httpd": {"config", "jobs", "store", "broker", "archive"}, "webhooks": {"httpd", "archive", "config", "sqlite3", "psycopg"},
     "bundle": {"httpd", "http", "urllib.request", "server", "client", "worker", "os"}, "server": {"sqlite3", "psycopg"}, "openai_api": {"sqlite3", "psycopg"},
     "ollama_api": {"sqlite3", "psycopg"}, "sdapi": {"sqlite3", "psycopg"}, "gpu": {"jobs"}, "images": {"httpd", "server", "client"},
-    "schedulers": {"*"}, "pictures": {"httpd", "server", "client"}, "models": {"httpd", "server", "client", "torch", "diffusers"},
+    "schedulers": {"*"}, "packages": {"config"}, "pictures": {"httpd", "server", "client"}, "models": {"httpd", "server", "client", "torch", "diffusers"},
     "pipelines": {"httpd", "server", "client", "jobs"}, "painting": {"httpd", "server", "client", "config"},
     "guard": {"*"}, "runs": {"httpd", "server"}, "hearts": {"httpd", "server", "outbox"}, "outbox": {"client", "hearts", "httpd", "server"},
     "executors": {"jobs", "httpd", "server", "client", "worker"}, "service": {"httpd", "store", "broker", "server", "torch", "diffusers"},
