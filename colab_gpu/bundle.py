@@ -16,7 +16,7 @@ from .config import base_url
 from .errors import InvalidSetting, Unavailable
 
 # %% auto #0
-__all__ = ['PACKED', 'WHEEL_TEXT', 'PACKAGE_TITLE', 'TEMPLATE', 'LINE', 'package_folder', 'package_files', 'checkout_metadata',
+__all__ = ['PACKED', 'WHEEL_TEXT', 'TEMPLATE', 'LINE', 'package_folder', 'package_files', 'checkout_metadata',
            'installed_metadata', 'read_metadata', 'metadata_text', 'one_form', 'pack', 'build_wheel', 'safe_address',
            'is_private', 'read_template', 'fill_line', 'notebook', 'notebook_json']
 
@@ -147,7 +147,7 @@ def is_private(address: str) -> bool:
     return not number.is_global
 
 # %% ../nbs/07b_bundle.ipynb #8420fd49
-PACKAGE_TITLE, TEMPLATE, LINE = "#@title · The package", "service_template.ipynb", 1000
+TEMPLATE, LINE = "service_template.ipynb", 8000
 
 def read_template() -> dict[str, Any]:
     "The notebook without an address and without a package. Raises `Unavailable` for a copy of the package that lacks it."
@@ -157,7 +157,10 @@ def read_template() -> dict[str, Any]:
     return found
 
 def fill_line(cells: Iterable[dict[str, Any]], line: str, value: str) -> dict[str, Any]:
-    "Put `value`, a string of Python's, in place of the `\"\"` of the one `line`, such as `NAME = \"\"`, that code cells have; returns its cell. Raises `Unavailable`."
+    """Put `value`, Python text, in place of the `""` in the one `line` of code that reads so, such as `NAME = ""`; returns its cell.
+
+    Raises `Unavailable` when no cell has the line, or more than one.
+    """
     pattern = re.compile(rf'^{re.escape(line)}(?=\s|$)', re.M)
     hits = [(cell, text) for cell in cells if cell["cell_type"] == "code" and pattern.search(text := "".join(cell["source"]))]
     if len(hits) != 1 or len(pattern.findall(hits[0][1])) != 1:
@@ -185,7 +188,8 @@ def notebook(server: str = "", wheel: tuple[str, bytes] | None = None) -> dict[s
     fill_line(filled["cells"], 'STACK_API_BASE = ""', json.dumps(address))
     fill_line(filled["cells"], 'WHEEL_NAME = ""', json.dumps(name))
     cell = fill_line(filled["cells"], 'WHEEL_BASE64 = ""', f'"""\n{lines}\n"""')
-    cell["metadata"] = {**cell.get("metadata", {}), "cellView": "form", "jupyter": {"source_hidden": True}}
+    # Three makers of editors, three ways to say that a cell's code is folded: Colab, JupyterLab (and VS Code), Kaggle.
+    cell["metadata"] = {**cell.get("metadata", {}), "cellView": "form", "jupyter": {"source_hidden": True}, "_kg_hide-input": True}
     return filled
 
 def notebook_json(server: str = "", wheel: tuple[str, bytes] | None = None) -> bytes:

@@ -599,7 +599,8 @@ def add_package_routes(app: App) -> None:
         digest = hashlib.sha256(body).hexdigest()
         if "application/json" in request.headers.get("accept", ""):
             return json_response({"files": [{"filename": name, "url": f"/dist/{name}", "size": len(body), "hashes": {"sha256": digest}}]})
-        return Response(f'<!DOCTYPE html><title>colab-gpu</title><a href="/dist/{name}#sha256={digest}">{name}</a>\n', content_type="text/html; charset=utf-8")
+        page = f'<!DOCTYPE html><title>colab-gpu</title><a href="/dist/{name}#sha256={digest}">{name}</a>\n'
+        return Response(page, content_type="text/html; charset=utf-8")
 
     @app.route("GET", "/dist/{name}", "either", "The package's wheel", query=query)
     async def get_wheel(request: Request) -> Response:
