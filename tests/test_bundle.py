@@ -5,6 +5,7 @@ import base64
 import csv
 import email
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -141,7 +142,7 @@ def test_it_installs_and_runs(installed):
     assert run(installed.parent / "colab-gpu", "--version") == f"colab-gpu {__version__}"
     where = run(installed, "-c", "import colab_gpu.cli; print(colab_gpu.cli.__file__)")
     assert Path(where).is_relative_to(installed.parent.parent)
-    assert run(installed, "-c", "from colab_gpu.models import find_model; print(find_model('demo').path)").startswith(str(installed.parent.parent))
+    assert run(installed, "-c", "from colab_gpu.models import find_model; print(find_model('demo').location)").startswith(str(installed.parent.parent))
 
 
 def test_an_installed_package_makes_the_wheel_it_came_from(installed):
@@ -314,6 +315,17 @@ def test_command_repeats_no_password(command):
 # --- the routes
 
 
+def fetch(server, path, token=None, **headers):
+    """A route's bytes, whatever they are."""
+    connection = http.client.HTTPConnection("127.0.0.1", int(server.url.rpartition(":")[2]), timeout=60)
+    head = {"Authorization": f"Bearer {token}"} if token else {}
+    connection.request("GET", path, headers={**head, **{k.replace("_", "-"): v for k, v in headers.items()}})
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    return answer.status, body, answer.headers
+
+
 @pytest.fixture
 def server(tmp_path):
     with start(tmp_path, GPU_CLIENT_TOKEN=CALLER) as made:
@@ -336,7 +348,7 @@ def test_doors(server, tmp_path):
 
 def test_the_notebook_knows_the_address_it_was_asked_under(server):
     def address(**headers):
-        status, body, _ = ask(server, "GET", "/notebook?demo_model=0", token=CALLER, **headers)
+        status, body, _ = fetch(server, "/notebook?demo_model=0", CALLER, **headers)
         assert status == 200 and CALLER.encode() not in body and WORKER.encode() not in body
         return address_in(json.loads(body))
 
@@ -345,30 +357,30 @@ def test_the_notebook_knows_the_address_it_was_asked_under(server):
     assert address(Host="gpu.example.org:8443", X_Forwarded_Proto="https, http") == "https://gpu.example.org:8443"
     assert address(Host="gpu.example.org", X_Forwarded_Proto="javascript") == "http://gpu.example.org"
     for host in ("me:sesame@example.org", 'a"+evil+"', "a b", "a/../b?c", "a'b", "a\\b"):
-        status, body, _ = ask(server, "GET", "/notebook?demo_model=0", token=CALLER, Host=host)
+        status, body, _ = fetch(server, "/notebook?demo_model=0", CALLER, Host=host)
         assert status == 400 or (status == 200 and address_in(json.loads(body)) in ("", "http://a/../b")), host
 
 
 def test_the_notebook_as_a_download(server):
-    status, body, headers = ask(server, "GET", "/notebook", token=CALLER)
+    status, body, headers = fetch(server, "/notebook", CALLER)
     assert status == 200 and headers["Content-Type"] == "application/x-ipynb+json" and carried(json.loads(body)) == build_wheel()
     assert headers["Content-Disposition"] == 'attachment; filename="colab-gpu.ipynb"' and headers["X-Content-Type-Options"] == "nosniff"
     assert body == notebook_json(server.url)
-    assert ask(server, "GET", "/notebook", token=CALLER, If_None_Match=headers["ETag"])[:2] == (304, b"")
-    assert ask(server, "GET", "/notebook", token=CALLER, If_None_Match=headers["ETag"], Host="else.example.org")[0] == 200
-    status, small, other = ask(server, "GET", "/notebook?demo_model=0", token=CALLER)
+    assert fetch(server, "/notebook", CALLER, If_None_Match=headers["ETag"])[:2] == (304, b"")
+    assert fetch(server, "/notebook", CALLER, If_None_Match=headers["ETag"], Host="else.example.org")[0] == 200
+    status, small, other = fetch(server, "/notebook?demo_model=0", CALLER)
     assert carried(json.loads(small)) == build_wheel(False) and other["ETag"] != headers["ETag"]
-    assert {ask(server, "GET", f"/notebook?demo_model={n}", token=CALLER)[1]["field"] for n in ("2", "yes", "-1")} == {"demo_model"}
+    assert {json.loads(fetch(server, f"/notebook?demo_model={n}", CALLER)[1])["field"] for n in ("2", "yes", "-1")} == {"demo_model"}
 
 
 def test_the_wheel_as_a_download(server):
-    status, told, _ = ask(server, "GET", "/dist/", token=WORKER, Accept="application/json")
-    assert told == {"files": [{"filename": NAME, "url": f"/dist/{NAME}", "size": len(build_wheel()[1]), "hashes": {"sha256": sha256(build_wheel()[1])}}]}
-    status, body, headers = ask(server, "GET", told["files"][0]["url"], token=WORKER)
+    status, told, _ = fetch(server, "/dist/", WORKER, Accept="application/json")
+    assert json.loads(told) == {"files": [{"filename": NAME, "url": f"/dist/{NAME}", "size": len(build_wheel()[1]), "hashes": {"sha256": sha256(build_wheel()[1])}}]}
+    status, body, headers = fetch(server, json.loads(told)["files"][0]["url"], WORKER)
     assert (status, body) == (200, build_wheel()[1]) and headers["Content-Disposition"] == f'attachment; filename="{NAME}"'
-    assert ask(server, "GET", f"/dist/{NAME}", token=WORKER, If_None_Match=headers["ETag"])[0] == 304
-    assert ask(server, "GET", f"/dist/{NAME}?demo_model=0", token=WORKER)[1] == build_wheel(False)[1]
-    assert [ask(server, "GET", f"/dist/{name}", token=WORKER)[0] for name in ("x.whl", "..%2f..%2fsetup.py", "%00")] == [404, 404, 404]
+    assert fetch(server, f"/dist/{NAME}", WORKER, If_None_Match=headers["ETag"])[0] == 304
+    assert fetch(server, f"/dist/{NAME}?demo_model=0", WORKER)[1] == build_wheel(False)[1]
+    assert [fetch(server, f"/dist/{name}", WORKER)[0] for name in ("x.whl", "..%2f..%2fsetup.py", "%00")] == [404, 404, 400]
 
 
 def test_pip_finds_the_wheel(tmp_path):
@@ -409,7 +421,7 @@ def test_the_routes_are_described(server):
 @pytest.mark.slow
 def test_a_notebook_from_a_server_draws_with_nothing_but_itself(fresh, server, tmp_path):
     pytest.importorskip("diffusers")
-    name, wheel = carried(json.loads(ask(server, "GET", "/notebook", token=CALLER)[1]))
+    name, wheel = carried(json.loads(fetch(server, "/notebook", CALLER)[1]))
     python = fresh(wheel, name)
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
     run(python.parent / "colab-gpu", "demo", "a red boat", "--steps", "5", "--seed", "1", "-o", tmp_path / "boat.png", COLAB_GPU_DATA=str(tmp_path / "demo"), **env)
