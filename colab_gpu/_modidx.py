@@ -920,6 +920,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'colab_gpu.panel.Panel.refresh': ('panel.html#panel.refresh', 'colab_gpu/panel.py'),
                                  'colab_gpu.panel.Panel.start': ('panel.html#panel.start', 'colab_gpu/panel.py'),
                                  'colab_gpu.panel.Panel.watch': ('panel.html#panel.watch', 'colab_gpu/panel.py'),
+                                 'colab_gpu.panel.Part': ('panel.html#part', 'colab_gpu/panel.py'),
+                                 'colab_gpu.panel.Part.paint': ('panel.html#part.paint', 'colab_gpu/panel.py'),
                                  'colab_gpu.panel.Picture': ('panel.html#picture', 'colab_gpu/panel.py'),
                                  'colab_gpu.panel.Picture.__init__': ('panel.html#picture.__init__', 'colab_gpu/panel.py'),
                                  'colab_gpu.panel.Picture.paint': ('panel.html#picture.paint', 'colab_gpu/panel.py'),
