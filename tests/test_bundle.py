@@ -307,9 +307,10 @@ def test_command_refuses(command, tmp_path, argv, words):
     assert (code, out) == (2, "") and words in err and len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-def test_command_repeats_no_password(command):
-    code, out, err = command("--server", "https://me:sesame@example.org")
-    assert code == 2 and out == "" and "password" in err
+@pytest.mark.parametrize("address", ["https://me:sesame@example.org", "https://me:sesame@exa mple.org:x", "me:sesame@example.org", "https://me:se/same@example.org"])
+def test_command_repeats_no_password(command, address):
+    code, out, err = command("--server", address)
+    assert code == 2 and out == "" and "STACK_API_BASE" in err and "same" not in err
 
 
 # --- the routes
