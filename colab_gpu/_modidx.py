@@ -388,6 +388,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'colab_gpu.config.Settings.source': ('config.html#settings.source', 'colab_gpu/config.py'),
                                   'colab_gpu.config._text': ('config.html#_text', 'colab_gpu/config.py'),
                                   'colab_gpu.config._unknown': ('config.html#_unknown', 'colab_gpu/config.py'),
+                                  'colab_gpu.config._without_login': ('config.html#_without_login', 'colab_gpu/config.py'),
                                   'colab_gpu.config.apply_overrides': ('config.html#apply_overrides', 'colab_gpu/config.py'),
                                   'colab_gpu.config.base_url': ('config.html#base_url', 'colab_gpu/config.py'),
                                   'colab_gpu.config.choice': ('config.html#choice', 'colab_gpu/config.py'),

@@ -133,7 +133,7 @@ def safe_address(text: str) -> str:
     if not text.strip(): return ""
     try: address = base_url(text)
     except ValueError as e: raise InvalidSetting(f"The server's address {e}.", field="STACK_API_BASE") from None
-    if re.search(r"[^!-~]|[\"'\\\\<>`{}|^]", address) or "@" in address:
+    if re.search(r"[^!-~]|[\"'\\\\<>`{}|^]", address):
         raise InvalidSetting("The server's address has a character that no address has: write it with %-signs, a foreign name with xn--.",
                              field="STACK_API_BASE")
     return address

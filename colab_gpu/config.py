@@ -273,7 +273,7 @@ class Settings(Mapping[str, Any]):
         try: return row.cast(text)
         except ValueError as e:
             if not text: return row.default
-            shown = "the secret given" if row.secret else repr(text)
+            shown = "the secret given" if row.secret else repr(_without_login(text))
             raise InvalidSetting(f"{name} {e}, not {shown} (from the {source}).", field=name) from None
 
     def __iter__(self) -> Any: return iter(SETTINGS)
@@ -285,7 +285,7 @@ class Settings(Mapping[str, Any]):
         out = []
         for name, row in SETTINGS.items():
             text, source = self.source(name)
-            value = ("set" if text else "not set") if row.secret else text
+            value = ("set" if text else "not set") if row.secret else _without_login(text)
             out.append({"name": name, "value": value, "source": source, "room": row.room, "help": row.help})
         return out
 
@@ -295,6 +295,11 @@ def _text(value: Any) -> str:
     if isinstance(value, bool): return "1" if value else "0"
     if isinstance(value, list | tuple): return ",".join(map(str, value))
     return str(value).strip()
+
+def _without_login(text: str) -> str:
+    "An address without what stands before its @: that may be a password, and no setting's address may have one."
+    from re import sub
+    return sub(r"(//|^)\S*@", r"\1…@", text)
 
 def _unknown(name: str) -> str:
     from difflib import get_close_matches

@@ -102,25 +102,37 @@ def test_it_has_every_requirement():
 
 
 def test_the_same_files_give_the_same_bytes():
+    mask = {"umask": 0o077} if os.name == "posix" else {}
     for seed, zone in (("1", "Pacific/Kiritimati"), ("2", "UTC")):
         env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed, "TZ": zone, "GPU_WORKER_TOKEN": "sesame"}
-        done = subprocess.run([sys.executable, "-c", DIGEST % "False"], env=env, text=True, capture_output=True, umask=0o077, cwd="/")
+        done = subprocess.run([sys.executable, "-c", DIGEST % "False"], env=env, text=True, capture_output=True, cwd="/", **mask)
         assert done.stdout.strip() == sha256(build_wheel(False)[1]), done.stderr
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
-    """Makes virtual environments with one wheel in them; what that needs of other people's packages is this environment's."""
+def bare(tmp_path_factory):
+    """Makes virtual environments without colab-gpu. Other people's packages are there, by a path that brings no editable installation along."""
 
-    def make(wheel, name):
+    def make():
         folder = tmp_path_factory.mktemp("venv")
         venv.create(folder, symlinks=os.name != "nt")
         python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-        (folder / name).write_bytes(wheel)
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
-        run(*pip, "install", "--no-index", "--no-deps", "--quiet", folder / name)
-        [site] = [Path(line) for line in run(python, "-c", "import site; print(site.getsitepackages()[0])").splitlines()]
+        site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
         (site / "others.pth").write_text(sysconfig.get_path("purelib"))
+        assert run(python, "-c", "from importlib.util import find_spec; print(find_spec('colab_gpu'), find_spec('requests') is None)") == "None False", "colab-gpu is installed here other than editable"
+        return python
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def fresh(bare, tmp_path_factory):
+    """Makes virtual environments with one wheel in them."""
+
+    def make(wheel, name):
+        python, folder = bare(), tmp_path_factory.mktemp("wheel")
+        (folder / name).write_bytes(wheel)
+        run(python, "-m", "pip", "install", "--disable-pip-version-check", "--no-index", "--no-deps", "--ignore-installed", "--quiet", folder / name)
         return python
 
     return make
@@ -307,9 +319,10 @@ def test_command_refuses(command, tmp_path, argv, words):
     assert (code, out) == (2, "") and words in err and len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-def test_command_repeats_no_password(command):
-    code, out, err = command("--server", "https://me:sesame@example.org")
-    assert code == 2 and out == "" and "password" in err
+@pytest.mark.parametrize("address", ["https://me:sesame@example.org", "https://me:sesame@exa mple.org:x", "me:sesame@example.org", "https://me:se/same@example.org"])
+def test_command_repeats_no_password(command, address):
+    code, out, err = command("--server", address)
+    assert code == 2 and out == "" and "STACK_API_BASE" in err and "same" not in err
 
 
 # --- the routes
@@ -418,11 +431,50 @@ def test_the_routes_are_described(server):
 # --- all of it
 
 
+@pytest.fixture
+def kernel(bare, tmp_path):
+    """A kernel's manager, for a Python that has everything but colab-gpu; no network, no index."""
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+
+    spec = {"argv": [str(bare()), "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "bare", "language": "python"}
+    (tmp_path / "kernels" / "bare").mkdir(parents=True)
+    (tmp_path / "kernels" / "bare" / "kernel.json").write_text(json.dumps(spec))
+    return AsyncKernelManager(kernel_name="bare", kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(tmp_path / "kernels")]))
+
+
 @pytest.mark.slow
-def test_a_notebook_from_a_server_draws_with_nothing_but_itself(fresh, server, tmp_path):
-    pytest.importorskip("diffusers")
-    name, wheel = carried(json.loads(fetch(server, "/notebook", CALLER)[1]))
-    python = fresh(wheel, name)
-    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
-    run(python.parent / "colab-gpu", "demo", "a red boat", "--steps", "5", "--seed", "1", "-o", tmp_path / "boat.png", COLAB_GPU_DATA=str(tmp_path / "demo"), **env)
-    assert (tmp_path / "boat.png").read_bytes().startswith(b"\x89PNG")
+def test_a_notebook_from_a_server_works_with_nothing_but_itself(server, kernel, tmp_path, monkeypatch):
+    for name in ("diffusers", "ipywidgets", "nbclient"):
+        pytest.importorskip(name)
+    from nbclient import NotebookClient
+
+    made = nbformat.reads(fetch(server, "/notebook", CALLER)[1].decode(), 4)
+    stop = cell_with(made, "STOP_NOW")
+    stop["source"] = stop["source"].replace("STOP_NOW = False", "STOP_NOW = True")
+    for name in [name for name in os.environ if name == "PYTHONPATH" or name.startswith(("GPU_", "STACK_", "COLAB_", "IMAGEN_", "OLLAMA_", "WORKER_"))]:
+        monkeypatch.delenv(name)
+    nowhere = "http://127.0.0.1:9"
+    env = {**os.environ, "STACK_WORKER_TOKEN": WORKER, "GPU_CLIENT_TOKEN": CALLER, "COLAB_GPU_DATA": str(tmp_path / "worker"), "START_OLLAMA": "0", "OLLAMA_URL": nowhere,
+           "PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "http_proxy": nowhere, "https_proxy": nowhere, "no_proxy": "127.0.0.1"}
+    runs = NotebookClient(made, km=kernel, timeout=600)
+    with runs.setup_kernel(env=env, cwd=str(tmp_path)):
+        for i, cell in enumerate(made["cells"]):
+            if cell is stop:  # one job more, from outside
+                job = submit_picture(server)
+            runs.execute_cell(cell, i)
+    shown = ["".join(output.get("text", "") for output in cell.get("outputs", [])) for cell in made["cells"]]
+    assert any(f"colab-gpu {__version__}, from this notebook" in text for text in shown), shown
+    [picture] = [output["data"]["image/png"] for cell in made["cells"] for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    assert base64.b64decode(picture).startswith(b"\x89PNG")
+    assert job["status"] == "completed" and job["workerId"] == "colab-worker" and job["result"]["model"] == "demo"
+    assert WORKER not in json.dumps(made) and CALLER not in json.dumps(made)
+
+
+def submit_picture(server):
+    """A job as a caller submits it, when it has ended."""
+    payload = {"prompt": "a red boat", "num_inference_steps": 5, "seed": 1}
+    job = ask(server, "POST", "/gpu-jobs", {"tool": "imagenGenerate", "payload": payload}, CALLER)[1]["job"]
+    while job["status"] in ("queued", "leased"):
+        job = ask(server, "GET", f"/gpu-jobs/{job['id']}?wait=25&inline=0", token=CALLER)[1]["job"]
+    return job
