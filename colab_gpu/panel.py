@@ -20,9 +20,10 @@ from .pictures import thumbnail
 # %% auto #0
 __all__ = ['TINTS', 'STATES', 'ENDS', 'MOST_LINES', 'PULL', 'Serves', 'esc', 'tag', 'chip', 'banner', 'faint', 'state_html',
            'bar', 'memory_html', 'tally_html', 'log_html', 'seconds', 'put', 'visible', 'text_box', 'button',
-           'end_widgets', 'View', 'Part', 'Rows', 'progress', 'Picture', 'JobView', 'words_html', 'RecentView', 'Jobs',
-           'Doer', 'Controls', 'Secret', 'labelled', 'Connection', 'Public', 'token_html', 'public_html', 'ModelView',
-           'choose_from', 'Models', 'Panel', 'refresh', 'close', 'pause_s', 'keep_painted', 'pulled', 'watch', 'show']
+           'labelled', 'end_widgets', 'View', 'Part', 'Rows', 'progress', 'Picture', 'JobView', 'words_html',
+           'RecentView', 'Jobs', 'Doer', 'Controls', 'Secret', 'Connection', 'Public', 'token_html', 'public_html',
+           'ModelView', 'choose_from', 'Models', 'Panel', 'refresh', 'close', 'pause_s', 'keep_painted', 'pulled',
+           'watch', 'show']
 
 # %% ../nbs/18_panel.ipynb #d63f0f66
 class Serves(Protocol):
@@ -113,20 +114,21 @@ def tally_html(snap: Mapping[str, Any]) -> str:
     low = bar([(sent / most, TINTS["idle" if sent < 0.8 * most else "bad"])]) if most else ""
     return tag((counts or "No job has ended yet. &nbsp; ") + faint(budget), "line-height:1.5", "div") + low
 
-# %% ../nbs/18_panel.ipynb #f7f996e2
+# %% ../nbs/18_panel.ipynb #3d8c9f8e
 MOST_LINES = 120
 
 def log_html(lines: Iterable[str]) -> str:
     "The last `MOST_LINES` lines; the box stays at its lower end as it grows."
     text = "\n".join(esc(line) for line in deque(lines, MOST_LINES)) or "Nothing yet."
-    return tag(tag(text, f"margin:0;white-space:pre-wrap;overflow-wrap:anywhere;{_CODE};color:inherit;background:none", "pre"),
+    plain = "margin:0;flex:none;overflow:visible;white-space:pre-wrap;overflow-wrap:anywhere;color:inherit;background:none"
+    return tag(tag(text, f"{plain};{_CODE}", "pre"),
                f"max-height:260px;overflow:auto;display:flex;flex-direction:column-reverse;padding:8px;{_GROUND}", "div")
 
 def seconds(count: float) -> str:
     "A span of time for people."
     return f"{count:.1f} s" if count < 10 else f"{count:.0f} s" if count < 120 else f"{count / 60:.0f} min"
 
-# %% ../nbs/18_panel.ipynb #1cf87650
+# %% ../nbs/18_panel.ipynb #11af8bc4
 def put(widget: Any, **traits: Any) -> None:
     "Set the traits that differ."
     for name, value in traits.items():
@@ -146,13 +148,17 @@ def button(label: str, press: Callable[[], Any], *, icon: str = "", style: str =
     made.on_click(lambda _: press())
     return made
 
+def labelled(label: str, *parts: Any) -> Any:
+    "A label, and what belongs to it, on one line if there is room."
+    return widgets.HBox([text_box(esc(label), width="120px"), *parts], layout=widgets.Layout(flex_flow="row wrap", width="100%"))
+
 def end_widgets(root: Any, keep: Any = None) -> None:
     "Close `root` and all that is in it, their layouts and styles too; ipywidgets remembers each until then."
     for child in getattr(root, "children", ()): end_widgets(child)
     for part in (getattr(root, "layout", None), getattr(root, "style", None), root):
         if part is not None and root is not keep: part.close()
 
-# %% ../nbs/18_panel.ipynb #76b7741c
+# %% ../nbs/18_panel.ipynb #ad3fc021
 class View(Protocol):
     "The widgets of one row, and how they are painted."
     widget: Any
@@ -163,6 +169,7 @@ class Part(Protocol):
     widget: Any
     def paint(self, snap: Mapping[str, Any], busy: str) -> None: ...
 
+# %% ../nbs/18_panel.ipynb #59c241ae
 class Rows:
     "A box of views, one for each of a list of rows, in their order; `empty` is said when there is none."
     def __init__(self, make: Callable[[], View], box: Any, empty: str) -> None:
@@ -226,7 +233,7 @@ def words_html(words: str, most: int = 700) -> str:
     "The last of what is being written."
     return tag(esc(words[-most:], most), f"white-space:pre-wrap;padding:6px 8px;{_WRAPPED};{_GROUND}", "div") if words else ""
 
-# %% ../nbs/18_panel.ipynb #e47ec8a8
+# %% ../nbs/18_panel.ipynb #46ca0d6f
 class RecentView:
     "A job that has ended."
     def __init__(self) -> None:
@@ -246,6 +253,7 @@ class RecentView:
                  faint(esc(said[-300:], 90)) if said else ""]
         put(self.text, value=tag("<br>".join(filter(None, lines)), "line-height:1.35;overflow-wrap:anywhere;font-size:12px", "div"))
 
+# %% ../nbs/18_panel.ipynb #fcc62bdd
 class Jobs:
     "The page with the jobs."
     def __init__(self) -> None:
@@ -259,7 +267,7 @@ class Jobs:
         self.recent.paint(snap["recent"][:12], snap)
         put(self.tally, value=tally_html(snap))
 
-# %% ../nbs/18_panel.ipynb #0ad5280c
+# %% ../nbs/18_panel.ipynb #69568f1a
 class Doer:
     """Does one verb at a time.
 
@@ -278,23 +286,24 @@ class Doer:
         with self._one:
             if self.busy: return False
             self.busy, self.said, self.failed = doing, "", False
-        self.thread = threading.Thread(target=self._run, args=(verb, secret), name="colab-gpu-panel-verb", daemon=True)
+        self.thread = threading.Thread(target=_do, args=(self, verb, secret), name="colab-gpu-panel-verb", daemon=True)
         self.thread.start()
         return True
-
-    def _run(self, verb: Callable[[], str | None], secret: str) -> None:
-        def blot(text: str) -> str: return text.replace(secret, "***") if secret else text
-        said, failed = "", True
-        try: said, failed = verb() or "", False
-        except ColabGPUError as e: said = e.message
-        except Exception as e: said = self.bug(e, blot)
-        self.said, self.failed, self.busy = blot(said), failed, ""
-        self.after()
 
     def bug(self, error: Exception, blot: Callable[[str], str] = str) -> str:
         "A sentence for an error that nobody expected; its details become notes."
         self.notes.extend(blot("".join(traceback.format_exception(error)[-8:])).rstrip().splitlines())
         return blot(f"Something went wrong here: {type(error).__name__}: {error}")
+
+# %% ../nbs/18_panel.ipynb #255ad2cd
+def _do(doer: Doer, verb: Callable[[], str | None], secret: str) -> None:
+    def blot(text: str) -> str: return text.replace(secret, "***") if secret else text
+    said, failed = "", True
+    try: said, failed = verb() or "", False
+    except ColabGPUError as e: said = e.message
+    except Exception as e: said = doer.bug(e, blot)
+    doer.said, doer.failed, doer.busy = blot(said), failed, ""
+    doer.after()
 
 # %% ../nbs/18_panel.ipynb #947118c5
 class Controls:
@@ -337,11 +346,7 @@ class Secret:
         "Say whether it has something."
         put(self.widget, placeholder="received, and not shown: press the button" if self.typed else self.hint)
 
-# %% ../nbs/18_panel.ipynb #60d62b99
-def labelled(label: str, *parts: Any) -> Any:
-    "A label, and what belongs to it, on one line if there is room."
-    return widgets.HBox([text_box(esc(label), width="120px"), *parts], layout=widgets.Layout(flex_flow="row wrap", width="100%"))
-
+# %% ../nbs/18_panel.ipynb #9d362cc8
 class Connection:
     "Where the queue server is, in the mode `worker`."
     def __init__(self, service: Serves, doer: Doer, refresh: Callable[[], Any]) -> None:
@@ -373,7 +378,7 @@ class Connection:
         put(self.button, disabled=bool(busy))
         put(self.says, value=faint(esc(server["says"] or ("A token is set." if server["token"] else "No worker's token yet."))))
 
-# %% ../nbs/18_panel.ipynb #c4f34b32
+# %% ../nbs/18_panel.ipynb #bfd2b7ad
 class Public:
     "The public address, in the mode `all in one`."
     shown_s = 60.0
@@ -406,17 +411,9 @@ class Public:
         self.visible_token = ""
         put(self.shown, value="")
 
-    def paint(self, snap: Mapping[str, Any], busy: str) -> None:
-        "Show a snapshot."
-        visible(self.widget, snap["mode"] != "worker")
-        if self.visible_token and self.clock() >= self.until: self.hide()
-        if self.visible_token: put(self.shown, value=token_html(self.visible_token))
-        put(self.use, disabled=bool(busy)); put(self.show, disabled=bool(busy))
-        self.ngrok.paint()
-        put(self.address, value=public_html(snap["public"]))
-        _paint_snippet(self, snap)
+    def paint(self, snap: Mapping[str, Any], busy: str) -> None: "Show a snapshot."; _paint_public(self, snap, busy)
 
-# %% ../nbs/18_panel.ipynb #afcfd35d
+# %% ../nbs/18_panel.ipynb #740290a0
 def token_html(token: str) -> str:
     "The callers' token, to copy."
     text = tag(esc(token), f"{_CODE};user-select:all;overflow-wrap:anywhere;background:none;color:inherit", "code")
@@ -429,6 +426,15 @@ def public_html(public: Mapping[str, Any] | None) -> str:
     url = tag(esc(public["url"]), f"{_CODE};font-size:14px;user-select:all;overflow-wrap:anywhere") if public["url"] else ""
     why = banner(str(public["error"]), "bad") if public.get("error") else ""
     return tag(f"{chip(public['state'], tint)} {faint(esc(public['kind'], 30))} {url}{why}", "line-height:1.6", "div")
+
+def _paint_public(public: Public, snap: Mapping[str, Any], busy: str) -> None:
+    visible(public.widget, snap["mode"] != "worker")
+    if public.visible_token and public.clock() >= public.until: public.hide()
+    if public.visible_token: put(public.shown, value=token_html(public.visible_token))
+    put(public.use, disabled=bool(busy)); put(public.show, disabled=bool(busy))
+    public.ngrok.paint()
+    put(public.address, value=public_html(snap["public"]))
+    _paint_snippet(public, snap)
 
 def _paint_snippet(public: Public, snap: Mapping[str, Any]) -> None:
     "The client's code, asked for anew when an address has changed."
@@ -464,7 +470,7 @@ def choose_from(dropdown: Any, names: Iterable[str]) -> None:
     dropdown.options = names
     dropdown.value = kept if kept in names else names[0] if names else None
 
-# %% ../nbs/18_panel.ipynb #8af9b854
+# %% ../nbs/18_panel.ipynb #5105c5cf
 class Models:
     "What can be loaded for one family of executors, `images` or `chat`."
     def __init__(self, service: Serves, doer: Doer, refresh: Callable[[], Any], family: str, title: str, hint: str) -> None:
@@ -475,6 +481,7 @@ class Models:
         self.button = button("Preload", self.press, icon="download", tip=f"Load this model now ({title.lower()})")
         self.rows = Rows(ModelView, widgets.VBox(), "None is loaded, and none was asked for.")
         self.widget = widgets.VBox([labelled(title, self.choice, self.name, self.button), self.rows.widget])
+        self.widget.layout.margin = "0 0 12px 0"
 
     def press(self) -> None:
         "Preload the name that was typed, else the one that is chosen."
@@ -482,7 +489,7 @@ class Models:
         def load() -> str:
             if not name: return "Choose a model, or type its name."
             self.service.preload(self.family, name)
-            return f"{name} is being loaded: how far it is stands below."
+            return f"{name} is being loaded: see Models."
         if self.doer.do(f"Asking for {name}", load): self.name.value = ""
         self.refresh()
 
@@ -532,7 +539,7 @@ class Panel:
 
 _OPEN: list[Panel] = []  # those that are not closed
 
-# %% ../nbs/18_panel.ipynb #bd90d59b
+# %% ../nbs/18_panel.ipynb #42929900
 def _make_parts(panel: Panel) -> None:
     service, doer, again = panel.service, panel.doer, panel.refresh
     panel.state, panel.trouble, panel.memory, panel.log = text_box(), text_box(), text_box(), text_box()
@@ -549,7 +556,7 @@ def _make_parts(panel: Panel) -> None:
     if not service.snapshot()["server"]["token"]: panel.tabs.selected_index = list(pages).index("Connection")
 
 def _press_start(panel: Panel) -> None:
-    "Start, with what was typed and not passed on yet: who fills in a field and presses Start means both."
+    "Start, with what was typed and not passed on yet."
     (address, token), ngrok, service = panel.connection.pending(), panel.public.ngrok.take(), panel.service
     def verb() -> str:
         if address or token: service.connect(address, token)
@@ -558,6 +565,7 @@ def _press_start(panel: Panel) -> None:
     panel.doer.do("Starting", verb, token or ngrok)
     panel.refresh()
 
+# %% ../nbs/18_panel.ipynb #2776dff4
 def refresh(panel: Panel) -> None:
     "Paint how the service stands now: the traits that differ from what is painted, no others. Never raises."
     with panel._lock:
@@ -628,7 +636,7 @@ def watch(panel: Panel, seconds: float | None = None) -> None:
             time.sleep(pause_s(panel))
     except KeyboardInterrupt: pass
 
-# %% ../nbs/18_panel.ipynb #9a6ba973
+# %% ../nbs/18_panel.ipynb #ee5ba322
 PULL = """(async () => {
   const kernel = window.google && google.colab && google.colab.kernel;
   if (!kernel || kernel.accessAllowed === false) return;
@@ -645,8 +653,9 @@ PULL = """(async () => {
   }
 })();"""
 
+# %% ../nbs/18_panel.ipynb #ab4be08c
 def _display(panel: Panel) -> None:
-    "Show it; once a cell, since `show` as a cell's last line is displayed by the cell too."
+    "Show it, once a cell."
     shell = get_ipython()
     cell = shell.execution_count if shell is not None else None
     if cell is not None and cell == panel._shown_in: return
