@@ -43,6 +43,7 @@ OUT_OF_REACH = {
     "server": {"client", "worker", "images", "chat", "gpu"}, "webhooks": {"server", "client", "worker"}, "bundle": {"server", "client", "worker", "httpd", "store", "broker"}, "worker": {"server", "store", "broker", "httpd"},
     "client": {"server", "store", "broker", "httpd", "worker"}, "images": {"server", "worker"}, "daemon": {"server", "worker"}, "chat": {"server", "worker"},
     "tools": {"server", "worker", "client"}, "providers": {"server", "worker", "images"},
+    "panel": {"server", "worker", "client", "store", "broker", "httpd", "images", "chat", "service", "executors"},
     "tunnel": {"server", "worker", "client", "store", "broker"}, "executors": {"server", "worker", "store", "broker"},
     "service": {"server", "store", "broker", "httpd"},
 }
