@@ -233,18 +233,20 @@ def words_html(words: str, most: int = 700) -> str:
     "The last of what is being written."
     return tag(esc(words[-most:], most), f"white-space:pre-wrap;padding:6px 8px;{_WRAPPED};{_GROUND}", "div") if words else ""
 
-# %% ../nbs/18_panel.ipynb #46ca0d6f
+# %% ../nbs/18_panel.ipynb #b3c22329
 class RecentView:
     "A job that has ended."
     def __init__(self) -> None:
         self.picture, self.text = Picture("96px"), text_box()
+        self.row: Mapping[str, Any] = {}
         self.file: bytes | None = None
         self.widget = widgets.VBox([self.picture.widget, self.text],
                                    layout=widgets.Layout(width="150px", margin="0 10px 8px 0", align_items="flex-start"))
 
     def paint(self, row: Mapping[str, Any], snap: Mapping[str, Any]) -> None:
         "Show how it ended."
-        status, picture = str(row["status"]), row.get("picture")
+        if row == self.row: return
+        self.row, status, picture = row, str(row["status"]), row.get("picture")
         if picture is not self.file: self.file, small = picture, thumbnail(picture) if picture else None
         else: small = self.picture.shown
         self.picture.paint(small)
@@ -502,7 +504,7 @@ class Models:
         put(self.button, disabled=bool(busy))
         self.rows.paint(rows, snap, "name")
 
-# %% ../nbs/18_panel.ipynb #e3ba3c24
+# %% ../nbs/18_panel.ipynb #beca5c6d
 class Panel:
     """A panel of `service`; a newer one for the same service closes it. Show it with `show`.
 
@@ -523,7 +525,7 @@ class Panel:
         self.id, self.closed, self.lively, self._shown_in = uuid4().hex, False, False, None
         self._lock, self._wake = threading.RLock(), threading.Event()
         self._thread: threading.Thread | None = None
-        self.doer = Doer(self._wake.set)
+        self.doer, self.lines = Doer(self._wake.set), list[str]()
         _make_parts(self)
         for older in list(_OPEN):
             if older.service is service or getattr(older.service, "closed", False): older.close("A newer panel has taken over; this one is closed.")
@@ -539,10 +541,10 @@ class Panel:
 
 _OPEN: list[Panel] = []  # those that are not closed
 
-# %% ../nbs/18_panel.ipynb #42929900
+# %% ../nbs/18_panel.ipynb #11ae2c60
 def _make_parts(panel: Panel) -> None:
     service, doer, again = panel.service, panel.doer, panel.refresh
-    panel.state, panel.trouble, panel.memory, panel.log = text_box(), text_box(), text_box(), text_box()
+    panel.state, panel.trouble, panel.memory, panel.log = text_box(), text_box(), text_box(), text_box(log_html([]))
     panel.controls, panel.connection = Controls(service, doer, again, lambda: _press_start(panel)), Connection(service, doer, again)
     panel.public, panel.jobs = Public(service, doer, again, panel.clock), Jobs()
     panel.images = Models(service, doer, again, "images", "Image models", "or a Hub id, a folder, a file")
@@ -565,7 +567,7 @@ def _press_start(panel: Panel) -> None:
     panel.doer.do("Starting", verb, token or ngrok)
     panel.refresh()
 
-# %% ../nbs/18_panel.ipynb #2776dff4
+# %% ../nbs/18_panel.ipynb #65a583da
 def refresh(panel: Panel) -> None:
     "Paint how the service stands now: the traits that differ from what is painted, no others. Never raises."
     with panel._lock:
@@ -582,7 +584,8 @@ def _paint(panel: Panel, snap: Mapping[str, Any]) -> None:
     put(panel.trouble, value=said + (banner(snap["error"], "bad") if snap["error"] != doer.said else ""))
     visible(panel.trouble, bool(panel.trouble.value))
     put(panel.memory, value=memory_html(snap["gpu"]))
-    put(panel.log, value=log_html([*snap["lines"], *doer.notes]))
+    lines = [*snap["lines"], *doer.notes]
+    if lines != panel.lines: panel.lines = lines; put(panel.log, value=log_html(lines))
     parts: tuple[Part, ...] = (panel.controls, panel.connection, panel.public, panel.jobs, panel.images, panel.chat)
     for part in parts: part.paint(snap, doer.busy)
 
