@@ -573,6 +573,8 @@ def take_over(service: Service, old: Service) -> None:
         alike = [name for name in SETTINGS if SETTINGS[name].room in ("server", "broker", "tunnel")]
         if service.mode == old.mode == "all in one" and all(service.settings[name] == old.settings[name] for name in alike):
             service.server, service.tunnel, old.server, old.tunnel = old.server, old.tunnel, None, None
+        for name in ("STACK_API_BASE", "STACK_WORKER_TOKEN", "NGROK_AUTHTOKEN"):  # what was typed into the panel
+            if service.settings.source(name)[1] == "default": service.settings = service.settings.but(**{name: old.settings.source(name)[0]})
         models = [name for name in SETTINGS if SETTINGS[name].room in ("images", "chat")] + ["WORKER_LOAD"]
         if old.executors and all(service.settings[name] == old.settings[name] for name in models):
             service.executors, service.arbiter, old.executors = old.executors, old.arbiter, None

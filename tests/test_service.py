@@ -148,6 +148,16 @@ def test_a_rerun_takes_over(opened, tmp_path):
     assert not server.alive and other.executors is None, "other settings, other executors"
 
 
+def test_what_was_typed_outlasts_a_rerun(opened, remote):
+    old, new = opened(), opened()
+    old.connect(remote.url, TOKEN)
+    take_over(new, old)
+    assert new.start().startswith(f"attic polls {remote.url}")
+    other = opened(STACK_API_BASE="http://127.0.0.1:9")
+    take_over(other, new)
+    assert other.address == "http://127.0.0.1:9", "what the cell says counts more"
+
+
 def test_a_kernel_that_dies_takes_its_server_along(tmp_path):
     code = f"""
 import time
