@@ -7,24 +7,22 @@ from __future__ import annotations
 import argparse, base64, json, os, signal, sys, tempfile, threading, time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from . import __version__
 from .client import Chat, Client, Event, RemoteJob
 from .config import SETTINGS, Settings
-from .gpu import Arbiter, Device, accelerator_info, find_device, installed_versions
+from .executors import NEEDS_CHAT, NEEDS_IMAGES, executors_here, preload_chat, worker_executors
+from .gpu import accelerator_info, find_device, installed_versions
 from .errors import ColabGPUError, ConnectionFailed, ExecutionError, InvalidPayload, InvalidSetting
 from .jobs import ImagenRequest
-from .tools import beside, load_tools
 
 # %% auto #0
-__all__ = ['NEEDS_IMAGES', 'NEEDS_CHAT', 'say', 'show', 'Progress', 'job_line', 'show_job', 'follow', 'read_payload',
-           'read_json_file', 'cmd_serve', 'cmd_submit', 'cmd_status', 'cmd_cancel', 'cmd_retry', 'cmd_wait', 'cmd_jobs',
-           'cmd_events', 'cmd_tunnel', 'worker_line', 'cmd_workers', 'cmd_drain', 'image_payload', 'cmd_imagine',
-           'cmd_replay', 'chat_payload', 'cmd_chat', 'canceled_with_us', 'executors_here', 'chat_executors',
-           'preload_chat', 'provided', 'signed', 'worker_executors', 'cmd_worker', 'cmd_demo', 'cmd_settings',
-           'cmd_doctor', 'build_parser', 'run_command', 'main', 'helper_parser', 'helper_body', 'mcp_gpu_job']
+__all__ = ['say', 'show', 'Progress', 'job_line', 'show_job', 'follow', 'read_payload', 'read_json_file', 'cmd_serve',
+           'cmd_submit', 'cmd_status', 'cmd_cancel', 'cmd_retry', 'cmd_wait', 'cmd_jobs', 'cmd_events', 'cmd_tunnel',
+           'worker_line', 'cmd_workers', 'cmd_drain', 'image_payload', 'cmd_imagine', 'cmd_replay', 'chat_payload',
+           'cmd_chat', 'canceled_with_us', 'cmd_worker', 'cmd_demo', 'cmd_settings', 'cmd_doctor', 'build_parser',
+           'run_command', 'main', 'helper_parser', 'helper_body', 'mcp_gpu_job']
 
 # %% ../nbs/20_cli.ipynb #f8a99289
 def say(text: str) -> None:
@@ -315,59 +313,7 @@ def canceled_with_us(client: Client, job: RemoteJob) -> Iterator[None]:
         except ColabGPUError as e: say(f"The job goes on: {e.message}")
         raise
 
-# %% ../nbs/20_cli.ipynb #98f6b0cc
-def executors_here(settings: Settings, device: Device) -> list[Any]:
-    "An executor for each tool whose packages are installed; they take turns on `device`."
-    found: list[Any] = []
-    arbiter = Arbiter(device, say=lambda line: print(line, flush=True))
-    if find_spec("colab_gpu.images") and all(find_spec(name) for name in ("torch", "diffusers", "transformers", "PIL")):
-        from colab_gpu.images import ImageExecutor
-        found.append(ImageExecutor(settings=settings, arbiter=None if settings["IMAGEN_DEVICE"] == "cpu" else arbiter))
-    return found + chat_executors(settings, arbiter)
-
-def chat_executors(settings: Settings, arbiter: Any = None) -> list[Any]:
-    "The executors of chat and embeddings, when the package `ollama` is here and an Ollama answers, or can be started."
-    if not (find_spec("colab_gpu.chat") and find_spec("ollama")): return []
-    from colab_gpu.chat import ChatExecutor, EmbedExecutor, Ollama
-    ollama = Ollama(settings, arbiter=arbiter, say=lambda line: print(line, flush=True))
-    why = ollama.daemon.obstacle()
-    if why is None: return [ChatExecutor(ollama=ollama), EmbedExecutor(ollama=ollama)]
-    say(f"[ollama] No chat jobs here: {why}")
-    return []
-
-def preload_chat(executors: Sequence[Any], settings: Settings) -> None:
-    "Pull and load OLLAMA_PRELOAD_MODELS; what fails is said, and tried again by the first job."
-    for executor in executors:
-        if executor.tool == "ollamaChat" and settings["OLLAMA_PRELOAD_MODELS"]:
-            try: executor.preload()
-            except ColabGPUError as e: print(f"[ollama] {e.message}", flush=True)
-
-# %% ../nbs/20_cli.ipynb #e9bac33b
-def provided(settings: Settings, device: Device) -> list[Any]:
-    "The built-in executors that WORKER_PROVIDER means. Raises `InvalidSetting` when it means an image service and there is no address."
-    from colab_gpu.providers import ServiceImages
-    provider, standby = settings["WORKER_PROVIDER"], settings["WORKER_STANDBY_SECONDS"] != ""
-    if provider == "auto": provider = "mcp" if standby and settings["MCP_IMAGEN_URL"] else "local"
-    if provider == "local": return executors_here(settings, device)
-    return [ServiceImages(settings), *chat_executors(settings, Arbiter(device, say=lambda line: print(line, flush=True)))]
-
-def signed(executors: Sequence[Any], settings: Settings) -> list[Any]:
-    "The executors of a standby: their results say who served them."
-    from colab_gpu.providers import ServiceImages, Signed
-    return [executor if isinstance(executor, ServiceImages) else Signed(executor, "local", settings["WORKER_ID"]) for executor in executors]
-
-# %% ../nbs/20_cli.ipynb #6ac866dd
-def worker_executors(settings: Settings, device: Device) -> list[Any]:
-    "What a worker with these settings serves: the tools of WORKER_LOAD, and the built-in ones. Raises `InvalidSetting`."
-    own, wanted = load_tools(settings["WORKER_LOAD"]), settings["WORKER_TOOLS"]
-    only_own = wanted and {*wanted} <= {executor.tool for executor in own}
-    found = [*own] if only_own else beside(provided(settings, device), own, say)
-    return found if settings["WORKER_STANDBY_SECONDS"] == "" else signed(found, settings)
-
 # %% ../nbs/20_cli.ipynb #5c1e77a1
-NEEDS_IMAGES = 'Drawing needs more packages: pip install "colab-gpu[images]"'
-NEEDS_CHAT = 'Chatting needs Ollama (https://ollama.com/download) and a package: pip install "colab-gpu[chat]"'
-
 def cmd_worker(args: argparse.Namespace) -> int:
     from colab_gpu.worker import Worker, run_until_interrupted
     settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id, WORKER_MAX_BATCH=args.max_batch, WORKER_LOAD=args.load,
@@ -398,7 +344,7 @@ def cmd_demo(args: argparse.Namespace) -> int:
         token = os.urandom(16).hex()
         own = {"GPU_WORKER_TOKEN": token, "STACK_WORKER_TOKEN": token, "GPU_CLIENT_TOKEN": os.urandom(16).hex(), "COLAB_GPU_DATA": data,
                "IMAGEN_MODEL_ID": args.model or "demo", "WORKER_ID": "demo-worker"}
-        executors = [executor for executor in executors_here(_settings(args, **own), find_device()) if executor.tool == "imagenGenerate"]
+        executors = [executor for executor in executors_here(_settings(args, **own), find_device(), say) if executor.tool == "imagenGenerate"]
         if not executors: raise ExecutionError(NEEDS_IMAGES)
         with QueueServer(own) as server:
             served = time.perf_counter()

@@ -12,7 +12,7 @@ from .errors import InvalidSetting
 
 # %% auto #0
 __all__ = ['SETTINGS', 'number', 'flag', 'words', 'limits', 'choice', 'base_url', 'networks', 'domain', 'signing_secret',
-           'Setting', 'colab_secrets', 'Settings', 'apply_overrides']
+           'Setting', 'colab_secrets', 'kaggle_secrets', 'Settings', 'apply_overrides']
 
 # %% ../nbs/01_config.ipynb #61612a66
 def number(low: float, high: float, *, whole: bool = False) -> Callable[[str], Any]:
@@ -212,7 +212,20 @@ def colab_secrets(names: Iterable[str] | None = None) -> dict[str, str]:
     for name in names if names is not None else [row.name for row in SETTINGS.values() if row.secret]:
         # Not shared, not granted and timed out have no common base below Exception; each means "no value here".
         try: value = userdata.get(name)
-        except Exception: continue
+        except Exception as e:
+            if type(e).__name__ == "TimeoutException": break  # nobody is at the page: the next one would take 10 s too
+            continue
+        if value: found[name] = str(value)
+    return found
+
+def kaggle_secrets(names: Iterable[str] | None = None) -> dict[str, str]:
+    "As `colab_secrets`, from Kaggle's Add-ons > Secrets. Source: https://www.kaggle.com/docs/notebooks, `UserSecretsClient`."
+    try: from kaggle_secrets import UserSecretsClient  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError: return {}
+    found = {}
+    for name in names if names is not None else [row.name for row in SETTINGS.values() if row.secret]:
+        try: value = UserSecretsClient().get_secret(name)
+        except Exception: continue  # not there, not attached, no network: each means "no value here"
         if value: found[name] = str(value)
     return found
 
@@ -235,6 +248,11 @@ class Settings(Mapping[str, Any]):
             ("Colab secret", secrets or {}))
         unknown = [name for name in overrides or {} if name not in SETTINGS]
         if unknown: raise InvalidSetting(_unknown(unknown[0]), field=unknown[0])
+
+    def but(self, **given: Any) -> Settings:
+        "The same settings with these on top; `None` and blank take nothing away."
+        (_, before), (_, environ), (_, secrets) = self._layers
+        return Settings({**before, **{name: value for name, value in given.items() if _text(value)}}, environ=environ, secrets=secrets)
 
     def source(self, name: str) -> tuple[str, str]:
         "The text that `name` has, and where it came from."

@@ -12,7 +12,7 @@ from .client import job_path
 from .errors import ConnectionFailed, ExecutionError, Interrupted, InvalidSetting, OutOfMemory, RequestError, Transient
 
 # %% auto #0
-__all__ = ['Events', 'proper', 'Grant', 'Run', 'data_url', 'failure', 'scrub']
+__all__ = ['MOST_WORDS', 'Events', 'proper', 'title_of', 'Grant', 'Run', 'data_url', 'failure', 'scrub']
 
 # %% ../nbs/15b_runs.ipynb #5fde8625
 class Events:
@@ -64,6 +64,16 @@ def proper(text: Any) -> str:
     "Text that can be sent: half characters (lone surrogates), which models make at times, become question marks."
     return str(text).encode("utf-8", "replace").decode()
 
+# %% ../nbs/15b_runs.ipynb #983f6d81
+def title_of(payload: Any, most: int = 100) -> str:
+    "What a payload asks for, on one line of at most `most` characters: its prompt, its last message or its input."
+    if not isinstance(payload, dict): return ""
+    messages = payload.get("messages")
+    last = messages[-1].get("content") if isinstance(messages, list) and messages and isinstance(messages[-1], dict) else None
+    text = next((t for t in (payload.get("prompt"), last, payload.get("input")) if isinstance(t, str)), "")
+    text = " ".join(text[:10 * most].split())
+    return text if len(text) <= most else text[:most - 1] + "…"
+
 # %% ../nbs/15b_runs.ipynb #01bc4650
 @dataclass(frozen=True)
 class Grant:
@@ -105,6 +115,7 @@ class Grant:
 
 # %% ../nbs/15b_runs.ipynb #a0e5dfd2
 _WHY = ("stopping", "canceled", "lost")
+MOST_WORDS = 400  # of the text being written, for whoever looks
 
 class Run:
     """One job under way, as its executor sees it; a `jobs.RunContext`.
@@ -113,8 +124,10 @@ class Run:
     ----------
     step, total, phase, preview: the newest progress. watchers: how many follow the job at the server. look: whether somebody looks at
     this worker's own panel. moved: how often it has given a sign of getting on. finished: its executor has returned. why: `None`, or why
-    the run should stop: `stopping`, `canceled`, `lost`. shared: it shares a call with others. heeded: in a shared call, the executor was
-    told of its cancel. settled: that has been reported. over: nothing more is to be said. left: its result was left on disk by an earlier worker.
+    the run should stop: `stopping`, `canceled`, `lost`. words: the last of the text being written.
+    written: its characters so far. title: what it is about, on one line. shared: it shares a call with others. heeded: in a shared call, the
+    executor was told of its cancel. settled: that has been reported. over: nothing more is to be said. left: its result was left on disk by an
+    earlier worker.
     """
     def __init__(self, grant: Grant, look: Callable[[], bool] = lambda: False, first_seq: int = 0, ring: Callable[[], Any] = lambda: None) -> None:
         self.grant, self.look, self.events = grant, look, Events(first_seq, ring=ring)
@@ -122,12 +135,15 @@ class Run:
         self.shared = self.heeded = self.settled = self.finished = self.left = False
         self.moved, self.began = 0, 0.0
         self.preview: bytes | None = None
+        self.words, self.written = "", 0
         self.artifacts: dict[str, tuple[bytes, str]] = {}
         self.why: str | None = None
         self.reason, self._lock = "", threading.Lock()
 
     @property
     def job_id(self) -> str: return self.grant.id
+    @property
+    def title(self) -> str: return title_of(self.grant.job.get("payload"))
     @property
     def watched(self) -> bool: return self.watchers > 0 or self.look()
     def __repr__(self) -> str: return f"Run({self.grant.tool} {self.phase} {self.step}/{self.total}{', ' + self.why if self.why else ''})"
@@ -143,6 +159,7 @@ class Run:
     def token(self, text: str, kind: str = "") -> None:
         "Report a piece of the text that is being written; `kind` is blank for the answer, else `thinking`."
         self.moved += 1
+        if not kind: self.words, self.written = (self.words + text)[-MOST_WORDS:], self.written + len(text)
         self.events.put("token", text=text, **({"kind": kind} if kind else {}))
     def log(self, text: str) -> None:
         "Say something to whoever watches the job."

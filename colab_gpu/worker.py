@@ -24,13 +24,14 @@ from .outbox import Outbox, outbox_folder
 from .runs import Grant, Run, data_url, failure, proper, scrub
 
 # %% auto #0
-__all__ = ['REST_S', 'LONGEST_REST_S', 'ENDING_S', 'LAST_S', 'T', 'Ear', 'hear', 'standing', 'Behind', 'Streak', 'watch',
-           'watch_session', 'Turn', 'Worker', 'choose', 'ask', 'takes', 'identity', 'introduction', 'accelerator',
-           'loaded', 'on_disk', 'trouble', 'pause_after', 'unheard', 'perform', 'begin', 'attempt', 'outcome', 'plain',
-           'insist', 'upload', 'deliver', 'inline_picture', 'report', 'ended', 'waits', 'lost', 'hand_back',
-           'hand_back_all', 'take_on', 'put_down', 'serve', 'abandon', 'give_back', 'parts', 'call', 'kin', 'carry_out',
-           'report_all', 'conclude', 'side_by_side', 'remaining_s', 'Ahead', 'resend', 'advance', 'rest', 'tell_paused',
-           'repeat', 'put_back', 'wind_up', 'close', 'stop', 'start_worker', 'stop_worker', 'run_until_interrupted']
+__all__ = ['REST_S', 'LONGEST_REST_S', 'ENDING_S', 'LAST_S', 'MOST_RECENT', 'T', 'Ear', 'hear', 'standing', 'Behind', 'Streak',
+           'watch', 'watch_session', 'Turn', 'Worker', 'choose', 'ask', 'takes', 'identity', 'introduction',
+           'accelerator', 'loaded', 'on_disk', 'trouble', 'pause_after', 'unheard', 'perform', 'begin', 'attempt',
+           'outcome', 'plain', 'insist', 'upload', 'deliver', 'inline_picture', 'report', 'ended', 'waits', 'lost',
+           'hand_back', 'hand_back_all', 'take_on', 'put_down', 'serve', 'abandon', 'give_back', 'parts', 'call', 'kin',
+           'carry_out', 'report_all', 'conclude', 'remember', 'side_by_side', 'remaining_s', 'Ahead', 'resend',
+           'advance', 'rest', 'tell_paused', 'repeat', 'put_back', 'wind_up', 'close', 'stop', 'start_worker',
+           'stop_worker', 'run_until_interrupted']
 
 # %% ../nbs/16_worker.ipynb #c0dc63c6
 class Ear:
@@ -193,6 +194,8 @@ class Turn:
         return cls(first.did, first.job_id, first.detail, max(t.pause_s for t in turns), tuple(turns))
 
 # %% ../nbs/16_worker.ipynb #d2ec53e6
+MOST_RECENT = 12  # jobs that a worker remembers, with a picture each
+
 class Worker:
     """Serves a queue server's jobs with the executors it was given.
 
@@ -225,6 +228,7 @@ class Worker:
         self.instance, self.failures, self.last_error, self.state = str(uuid4()), 0, "", "stopped"
         self.question: str | None = None
         self.counts, self.lines = dict.fromkeys(("completed", "failed", "released", "lost", "kept"), 0), deque[str](maxlen=200)
+        self.recent = deque[dict[str, Any]](maxlen=MOST_RECENT)
         self._lock = threading.Lock()  # the counts and the runs: reports are made side by side
         self.runs: tuple[Run, ...] = ()
         self.call: tuple[Run, ...] = ()
@@ -299,10 +303,11 @@ class Worker:
     def snapshot(self) -> dict[str, Any]:
         "How it stands, for a panel or a person: plain values, no secrets. Asking counts as looking: for some seconds previews are made."
         self.looked_at, runs, now = self.clock(), self.runs, self.clock()
-        jobs = [{"id": run.job_id, "tool": run.grant.tool, "phase": run.phase, "step": run.step, "total": run.total, "preview": run.preview,
+        jobs = [{"id": run.job_id, "tool": run.grant.tool, "title": run.title, "words": run.words, "written": run.written,
+                 "phase": run.phase, "step": run.step, "total": run.total, "preview": run.preview,
                  "canceled": run.why == "canceled", "over": run.over, "elapsedSeconds": now - run.began} for run in runs]
         return {"worker": self.id, "server": self.asking.base, "tools": self.tools, "state": self.state, "draining": self.draining.is_set(),
-                "jobs": jobs, "counts": dict(self.counts), "lastError": self.last_error,
+                "jobs": jobs, "recent": list(self.recent), "counts": dict(self.counts), "lastError": self.last_error,
                 "requestsPerMonth": 20_000 if self.metered else None,
                 "requests": sum(way.requests_made for way in (self.asking, self.telling, self.ear.transport)), "lines": list(self.lines)}
 
@@ -670,8 +675,16 @@ def conclude(worker: Worker, run: Run, body: dict[str, Any]) -> Turn:
         worker.log(traceback.format_exc().rstrip())
         worker.last_error = scrub(f"{type(e).__name__}: {e}", worker.secrets)
         turn = Turn("failed", run.job_id, worker.last_error, pause_s=1)
+    remember(worker, run, turn)
     run.over = True
     return turn
+
+def remember(worker: Worker, run: Run, turn: Turn) -> None:
+    "Keep what there is to show of a job that has ended, the newest first."
+    picture = next((data for data, kind in run.artifacts.values() if kind.startswith("image/")), run.preview)
+    worker.recent.appendleft({"id": run.job_id, "tool": run.grant.tool, "title": run.title, "picture": picture, "words": run.words,
+                              "status": "canceled" if run.why == "canceled" and turn.did == "failed" else turn.did, "detail": turn.detail,
+                              "seconds": worker.clock() - run.began})
 
 def side_by_side(fn: Callable[[Any], T], items: Sequence[Any], patience_s: float = 0.05) -> list[T]:
     "Call `fn`, which must not raise, with every item, each when the one before has ended or taken `patience_s` seconds; the results in order."

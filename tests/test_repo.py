@@ -29,9 +29,10 @@ MUST_NOT_KNOW = {
     "postgres": {"broker", "httpd"}, "broker": {"httpd", "sqlite3", "psycopg"}, "archive": {"broker", "store"},
     "httpd": {"config", "jobs", "store", "broker", "archive"}, "webhooks": {"httpd", "archive", "config", "sqlite3", "psycopg"}, "server": {"sqlite3", "psycopg"}, "openai_api": {"sqlite3", "psycopg"},
     "ollama_api": {"sqlite3", "psycopg"}, "sdapi": {"sqlite3", "psycopg"}, "gpu": {"jobs"}, "images": {"httpd", "server", "client"},
-    "schedulers": {"*"}, "pictures": {"httpd", "server", "client"}, "models": {"httpd", "server", "client", "torch", "diffusers"},
+    "schedulers": {"*"}, "packages": {"config"}, "pictures": {"httpd", "server", "client"}, "models": {"httpd", "server", "client", "torch", "diffusers"},
     "pipelines": {"httpd", "server", "client", "jobs"}, "painting": {"httpd", "server", "client", "config"},
     "guard": {"*"}, "runs": {"httpd", "server"}, "hearts": {"httpd", "server", "outbox"}, "outbox": {"client", "hearts", "httpd", "server"},
+    "executors": {"jobs", "httpd", "server", "client", "worker"}, "service": {"httpd", "store", "broker", "server", "torch", "diffusers"},
     "daemon": {"jobs", "httpd", "server"}, "chat": {"httpd", "server"}, "providers": {"httpd", "server"},
     "tools": {"config", "store", "httpd"}, "tunnel": {"jobs"}, "panel": {"httpd", "store", "sqlite3"}, "mcp_server": {"server", "broker", "store"},
     "doctor": {"jobs", "broker", "store", "httpd", "server", "worker"}, "cli": {"broker", "store"},
@@ -41,12 +42,13 @@ OUT_OF_REACH = {
     "server": {"client", "worker", "images", "chat", "gpu"}, "webhooks": {"server", "client", "worker"}, "worker": {"server", "store", "broker", "httpd"},
     "client": {"server", "store", "broker", "httpd", "worker"}, "images": {"server", "worker"}, "daemon": {"server", "worker"}, "chat": {"server", "worker"},
     "tools": {"server", "worker", "client"}, "providers": {"server", "worker", "images"},
-    "tunnel": {"server", "worker", "client", "store", "broker"},
+    "tunnel": {"server", "worker", "client", "store", "broker"}, "executors": {"server", "worker", "store", "broker"},
+    "service": {"server", "store", "broker", "httpd"},
 }
 # Third-party names live in one room each (`doctor` looks whether they can be imported).
 HOMES = {"torch": {"pipelines", "gpu", "doctor"}, "diffusers": {"pipelines", "doctor"}, "transformers": {"pipelines"}, "accelerate": {"pipelines"},
          "safetensors": {"pipelines"}, "tokenizers": {"pipelines"}, "PIL": {"pictures", "painting"}, "numpy": {"painting"}, "requests": {"client"},
-         "google": {"config"}, "ollama": {"chat"}, "httpx": {"chat"}, "ipywidgets": {"panel"}, "IPython": {"panel"}, "pyngrok": {"tunnel"},
+         "google": {"config"}, "kaggle_secrets": {"config"}, "ollama": {"chat"}, "httpx": {"chat"}, "ipywidgets": {"panel"}, "IPython": {"panel"}, "pyngrok": {"tunnel"},
          "psycopg": {"postgres"}, "mcp": {"mcp_server", "providers"}, "httpx2": {"providers"}, "fsspec": {"archive"}}
 # What merely importing a room may load; everything else is loaded when it is first used.
 LOADS = {"client": {"requests"}, "panel": {"ipywidgets", "IPython"}, "mcp_server": {"mcp"}, "postgres": {"psycopg"}}
