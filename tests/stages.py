@@ -266,6 +266,13 @@ class Lab:
     def address(self, name):
         return f"{self.url}/doc/tree/{name}?token=lab-token-for-tests&reset"
 
+    @staticmethod
+    def run_all(page):
+        "Wait for the kernel, and press *Run All Cells* in the menu."
+        page.get_by_text("| Idle").wait_for()
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
 
 class Voila:
     """Voila on one notebook, as a process."""
@@ -278,6 +285,10 @@ class Voila:
 
     def address(self, name=""):
         return self.url
+
+    @staticmethod
+    def run_all(page):
+        "Voila runs the notebook by itself."
 
 
 # --- a browser
