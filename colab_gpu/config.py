@@ -12,7 +12,7 @@ from .errors import InvalidSetting
 
 # %% auto #0
 __all__ = ['SETTINGS', 'number', 'flag', 'words', 'limits', 'choice', 'base_url', 'networks', 'domain', 'signing_secret',
-           'Setting', 'colab_secrets', 'kaggle_secrets', 'Settings', 'apply_overrides']
+           'Setting', 'colab_secrets', 'colab_part', 'kaggle_secrets', 'Settings', 'apply_overrides']
 
 # %% ../nbs/01_config.ipynb #61612a66
 def number(low: float, high: float, *, whole: bool = False) -> Callable[[str], Any]:
@@ -217,6 +217,12 @@ def colab_secrets(names: Iterable[str] | None = None) -> dict[str, str]:
             continue
         if value: found[name] = str(value)
     return found
+
+def colab_part(name: str) -> Any:
+    "`google.colab.<name>` (`drive`, `output`, …) as a module; `None` outside Colab."
+    import importlib
+    try: return importlib.import_module(f"google.colab.{name}")
+    except ImportError: return None
 
 def kaggle_secrets(names: Iterable[str] | None = None) -> dict[str, str]:
     "As `colab_secrets`, from Kaggle's Add-ons > Secrets. Source: https://www.kaggle.com/docs/notebooks, `UserSecretsClient`."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 from .client import Client, Transport
-from .config import SETTINGS, Settings, apply_overrides, colab_secrets, kaggle_secrets
+from .config import SETTINGS, Settings, apply_overrides, colab_part, colab_secrets, kaggle_secrets
 from .daemon import end_process, is_loopback, last_line
 from .errors import (AccessDenied, ColabGPUError, ConnectionFailed, ExecutionError, InvalidSetting, MissingToken, NotFound, Transient)
 from .executors import NEEDS_CHAT, NEEDS_IMAGES, executors_here
@@ -24,11 +24,12 @@ from .tunnel import MINDED, Tunnel, open_tunnel, public_tokens
 from .worker import Worker
 
 # %% auto #0
-__all__ = ['MODES', 'platform', 'reachable_address', 'try_server', 'ServerProcess', 'Preload', 'load_images', 'load_chat',
-           'Service', 'state_of', 'address_of', 'secrets_of', 'one_verb', 'connect', 'use_ngrok_token', 'start',
-           'executors_of', 'executor_of', 'drain', 'stop', 'close', 'release', 'preload', 'Looker', 'look',
+__all__ = ['MODES', 'DRIVE', 'platform', 'reachable_address', 'try_server', 'ServerProcess', 'Preload', 'load_images',
+           'load_chat', 'Service', 'state_of', 'address_of', 'secrets_of', 'one_verb', 'connect', 'use_ngrok_token',
+           'start', 'executors_of', 'executor_of', 'drain', 'stop', 'close', 'release', 'preload', 'Looker', 'look',
            'image_choices', 'chat_choices', 'snapshot', 'model_rows', 'client_token', 'snippet', 'try_picture',
-           'try_chat', 'caller', 'Halt', 'in_words', 'open_service', 'take_over', 'keep_models_on']
+           'try_chat', 'loaded', 'caller', 'Halt', 'in_words', 'open_service', 'take_over', 'begin', 'tried',
+           'keep_models_on', 'use_drive']
 
 # %% ../nbs/17b_service.ipynb #74007ffe
 MODES = ("worker", "all in one")
@@ -503,9 +504,18 @@ def try_picture(service: Service, prompt: str, timeout_s: float = 600) -> tuple[
 
 def try_chat(service: Service, prompt: str) -> tuple[str, str]:
     "Ask one question; the answer, and a sentence on how. Raises `ColabGPUError`."
+    models = service.settings["OLLAMA_PRELOAD_MODELS"]
+    if not models: raise ExecutionError("No chat model was chosen: fill in OLLAMA_PRELOAD_MODELS (llama3:8b, say), and run the cells again.")
     executor = executor_of(service, "ollamaChat")
-    reply = executor.ask(prompt)
+    loaded(service, "chat", models[0])
+    reply = executor.ask(prompt, model=models[0])
     return str(reply.get("response") or ""), f"Answered by {reply.get('model')}, here and not through the queue."
+
+def loaded(service: Service, family: str, model: str) -> None:
+    "Wait for a preload that is under way. Raises `ExecutionError` if it has failed."
+    one = service.preloads.get((family, model))
+    while one is not None and one.state == "loading": time.sleep(0.1)
+    if one is not None and one.state == "failed": raise ExecutionError(one.says)
 
 def caller(service: Service) -> Client | None:
     "A client of the queue that this worker works for; `None` where we have no token for it, or no worker runs."
@@ -543,11 +553,18 @@ def open_service(mode: str = "worker", overrides: Mapping[str, Any] | None = Non
     kept = {name: value for name, value in given.items() if value not in (None, "") and not (overrides or {}).get(name)}
     settings = Settings(kept, secrets=secrets)
     for name in SETTINGS: settings[name]  # a wrong one is said now
+    if settings.source("IMAGEN_MODEL_ID")[1] == "default" and find_device().kind == "cpu":
+        settings = settings.but(IMAGEN_MODEL_ID="demo")  # any other takes minutes a picture without a GPU
     service = Service(settings, mode=mode, say=say)
     if _NOW: take_over(service, _NOW.pop())
     _NOW.append(service)
     return service
 
+@atexit.register
+def _at_exit() -> None:
+    for service in _NOW: close(service)
+
+# %% ../nbs/17b_service.ipynb #3097c72a
 def take_over(service: Service, old: Service) -> None:
     "Stop the `old` service's worker, and go on with its models; with its server and tunnel too where both are `all in one` and set alike."
     with old.lock:
@@ -562,9 +579,22 @@ def take_over(service: Service, old: Service) -> None:
             service.preloads |= {key: one for key, one in old.preloads.items() if one.state != "failed"}
         close(old)
 
-@atexit.register
-def _at_exit() -> None:
-    for service in _NOW: close(service)
+def begin(service: Service, preload: bool = True) -> str:
+    "Start, and begin to load the models of the settings; a sentence, also when it did not work."
+    try: said = service.start()
+    except ColabGPUError as e: return f"Not started: {e.message}"
+    wanted = [("chat", name) for name in service.settings["OLLAMA_PRELOAD_MODELS"]]
+    if any(e.tool == "imagenGenerate" for e in executors_of(service)): wanted = [("images", service.settings["IMAGEN_MODEL_ID"]), *wanted]
+    for family, name in wanted if preload else ():
+        try: service.preload(family, name)
+        except ColabGPUError as e: said += f" {name} is not loaded: {e.message}"
+    return said
+
+def tried(verb: Callable[..., tuple[Any, str]], *words: Any) -> tuple[Any, str]:
+    "What a verb for trying out returns; nothing, and a sentence, when it fails."
+    try: return verb(*words)
+    except ColabGPUError as e: return None, e.message
+    except KeyboardInterrupt: return None, "Stopped. Run this cell again to go on."
 
 # %% ../nbs/17b_service.ipynb #f1daa2bb
 def keep_models_on(folder: str | Path, environ: Any = None) -> str:
@@ -577,3 +607,15 @@ def keep_models_on(folder: str | Path, environ: Any = None) -> str:
     late = "huggingface_hub" in sys.modules and environ.get("HF_HOME") != str(root / "huggingface")
     environ.update(HF_HOME=str(root / "huggingface"), OLLAMA_MODELS=str(root / "ollama"))
     return f"Models are kept in {root}." + (" For image models that counts after a restart of the runtime." if late else "")
+
+DRIVE = "/content/drive"
+
+def use_drive(folder: str = f"{DRIVE}/MyDrive/colab-gpu") -> str:
+    "Mount Google Drive, which asks the person, and keep models there; a sentence. Without a Drive they stay here, which is no failure."
+    drive = colab_part("drive")
+    if drive is None: return "There is no Google Drive here: models stay on this machine's disk."
+    try: drive.mount(DRIVE)
+    except Exception as e:  # declined, no page, no account: it has no classes of its own
+        return f"Google Drive was not mounted ({str(e).splitlines()[0] if str(e) else type(e).__name__}): models stay on this machine's disk."
+    try: return keep_models_on(folder)
+    except InvalidSetting as e: return e.message
