@@ -31,7 +31,7 @@ OURS = ("GPU_", "STACK_", "WORKER_", "IMAGEN_", "COLAB_", "OLLAMA_", "START_OLLA
 
 # What matters of the packages in Colab's image of 2026-08 (googlecolab/backend-info). Its Python is 3.13; here it is the one that runs the
 # tests, since PyTorch's CPU build is only at hand for that one. Its torch is 2.11; here it is the tests' own.
-COLAB_HAS = ("diffusers==0.39.0", "transformers==5.15.*", "accelerate==1.14.*", "huggingface_hub==1.27.*", "pillow==11.3.*", "peft", "safetensors", "requests", "psutil",
+COLAB_HAS = ("diffusers==0.39.0", "transformers==5.15.*", "accelerate==1.14.*", "huggingface_hub==1.27.*", "pillow==11.3.*", "peft", "safetensors", "requests", "psutil", "pydantic",
              "ipywidgets==7.7.1", "ipykernel==6.17.1", "ipython==7.34.0")
 LINKED = ("torch", "pip")  # taken from the tests' own environment: a gigabyte less to unpack
 
@@ -201,6 +201,10 @@ class Notebook:
             assert "Traceback" not in words and not (output["output_type"] == "error" and len(output["traceback"]) > 1), f"code cell {number}:\n{words}"
         return shown
 
+    def fill(self, **values):
+        "Change form fields, as a person does between two runs."
+        filled(self.content, values)
+
     def run_all(self, cells=None):
         "As *Run all* does it: from top to bottom, to the end or to the first cell that ends in an error. What each cell showed."
         shown = []
@@ -219,6 +223,16 @@ class Notebook:
         finally:
             self.cells.pop()
             self.content.cells.pop()
+
+
+def far(url):
+    "The address `url` of this machine as one that does not look like this machine, which is where a notebook on Colab would look in vain."
+    name = socket.gethostname()
+    try:
+        socket.create_connection((name, int(url.rpartition(":")[2]))).close()
+    except OSError:
+        name = "0.0.0.0"  # noqa: S104  (to Linux, as a destination, this very machine)
+    return f"http://{name}:{url.rpartition(':')[2]}"
 
 
 def colab_page(folder, **page):
