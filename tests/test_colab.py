@@ -26,7 +26,9 @@ TERMS, SETTINGS, MACHINE, PACKAGE, INSTALL, START, TRY, STOP = range(8)  # the n
 TICKED = {"I_HAVE_READ_THE_TERMS_AND_MAY_DO_THIS_HERE": True}
 SECRETS = (TOKEN, AUTH, CALLER)
 # No Ollama here, and nobody to install one; a notebook on a machine of one's own finds its settings in the environment.
-PLAIN = {"START_OLLAMA": 0, "OLLAMA_URL": "http://127.0.0.1:9", "WORKER_GUARD": 0, "POLL_INTERVAL": 0.2, "WORKER_WAIT_SECONDS": 1}
+# Small pictures gain nothing from a second thread, and on a busy machine two that wait for each other cost tenfold.
+SMALL = {"IMAGEN_STEPS": 5, "IMAGEN_WIDTH": 256, "IMAGEN_HEIGHT": 256, "OMP_NUM_THREADS": 1}
+PLAIN = {**SMALL, "START_OLLAMA": 0, "OLLAMA_URL": "http://127.0.0.1:9", "WORKER_GUARD": 0, "POLL_INTERVAL": 0.2, "WORKER_WAIT_SECONDS": 1}
 NO_INDEX = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""}
 
 
@@ -79,7 +81,7 @@ def live(server):
 
 def draw(url, prompt):
     """A job's end, asked for from outside."""
-    return Client(url, CALLER).submit("imagenGenerate", {"prompt": prompt, "seed": 3, "width": 256, "height": 256, "num_inference_steps": 5}).wait(200)
+    return Client(url, CALLER).submit("imagenGenerate", {"prompt": prompt, "seed": 3}).wait(200)
 
 
 def loops(notebook):
