@@ -166,6 +166,7 @@ class Notebook:
         self.folder, self.python, self.env, self.timeout_s = Path(folder), python, {**without_ours(), **{k: str(v) for k, v in (env or {}).items()}}, timeout_s
         self.cells = [index for index, cell in enumerate(self.content.cells) if cell.cell_type == "code"]
         self.runner, self.kernel = None, None
+        self.took = {}  # seconds that each cell took when it ran last, for benchmarks
 
     def __enter__(self):
         specs = self.folder / "kernels"
@@ -189,12 +190,14 @@ class Notebook:
         index = self.cells[number]
         cell = self.content.cells[index]
         self.runner.look = stop_when
+        began = time.monotonic()
         try:
             self.runner.execute_cell(cell, index)
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
             raise AssertionError(f"code cell {number} did not end well: {str(e)[-1500:]}\n{Shown(cell.outputs)}") from None
         finally:
             self.runner.look = None
+            self.took[number] = time.monotonic() - began
         shown = Shown(cell.outputs)
         for output in shown:
             words = Shown.words(output)
