@@ -25,7 +25,7 @@ setup(
     license=settings["license"],
     keywords=settings["keywords"].split(),
     packages=find_packages(include=["colab_gpu", "colab_gpu.*"]),
-    package_data={"colab_gpu": ["py.typed", "demo_model/**/*"]},
+    package_data={"colab_gpu": ["py.typed", "service_template.ipynb", "demo_model/**/*"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require=extras,

@@ -21,8 +21,8 @@ from .jobs import ImagenRequest
 __all__ = ['say', 'show', 'Progress', 'job_line', 'show_job', 'follow', 'read_payload', 'read_json_file', 'cmd_serve',
            'cmd_submit', 'cmd_status', 'cmd_cancel', 'cmd_retry', 'cmd_wait', 'cmd_jobs', 'cmd_events', 'cmd_tunnel',
            'worker_line', 'cmd_workers', 'cmd_drain', 'image_payload', 'cmd_imagine', 'cmd_replay', 'chat_payload',
-           'cmd_chat', 'canceled_with_us', 'cmd_worker', 'cmd_demo', 'cmd_settings', 'cmd_doctor', 'build_parser',
-           'run_command', 'main', 'helper_parser', 'helper_body', 'mcp_gpu_job']
+           'cmd_chat', 'canceled_with_us', 'cmd_worker', 'cmd_demo', 'cmd_notebook', 'cmd_settings', 'cmd_doctor',
+           'build_parser', 'run_command', 'main', 'helper_parser', 'helper_body', 'mcp_gpu_job']
 
 # %% ../nbs/20_cli.ipynb #f8a99289
 def say(text: str) -> None:
@@ -369,6 +369,24 @@ def _say_times(job: RemoteJob, server_s: float, total_s: float) -> None:
     for name, seconds in (("server ready", server_s), ("model loaded", load_s), ("picture drawn", draw_s), ("all together", total_s)):
         say(f"  {name:14} {seconds:6.2f} s")
 
+# %% ../nbs/20_cli.ipynb #d85db3fc
+def cmd_notebook(args: argparse.Namespace) -> int:
+    from colab_gpu.bundle import build_wheel, is_private, notebook_json
+    target, settings = None if args.output == "-" else _target(args.output), _settings(args)
+    address = "" if settings.source("STACK_API_BASE")[1] == "default" else settings["STACK_API_BASE"]
+    body = notebook_json(address, build_wheel(not args.no_demo_model))
+    if address and is_private(address):
+        say(f"Colab cannot reach {address}: make the server public (colab-gpu serve --tunnel), and give that address with --server.")
+    said = f"{args.output}: {len(body) / 1e6:.1f} MB, " + (f"for the server at {address}" if address else "without a server's address")
+    if target is None:
+        sys.stdout.buffer.write(body)
+        say(said)
+        return 0
+    target.write_bytes(body)
+    if args.json: show({"file": str(target), "bytes": len(body), "server": address})
+    else: print(said)
+    return 0
+
 # %% ../nbs/20_cli.ipynb #98901237
 def cmd_settings(args: argparse.Namespace) -> int:
     rows = Settings().rows()
@@ -402,6 +420,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_jobs(add)
     _add_images(add)
     _add_chat(add)
+    made = add("notebook", cmd_notebook, "Write the notebook for Colab: one file, with the package in it, and never a token")
+    made.add_argument("-o", "--output", default="colab-gpu.ipynb", metavar="FILE.ipynb", help="colab-gpu.ipynb; - for standard output")
+    made.add_argument("--no-demo-model", action="store_true", help="leave out the model that draws with no download (7 MB)")
     add("settings", cmd_settings, "Show every setting and where its value comes from", server=False)
     add("doctor", cmd_doctor, "Say what is missing on this machine, and what mends it")
     return parser

@@ -12,7 +12,7 @@ from .jobs import ImagenRequest
 
 # %% auto #0
 __all__ = ['MOST_PIXELS', 'FORMATS', 'CHUNK', 'open_picture', 'drawable_size', 'parameters_text', 'picture_file', 'encoded',
-           'png_texts', 'replay_payload']
+           'png_texts', 'replay_payload', 'thumbnail']
 
 # %% ../nbs/13a_pictures.ipynb #0c831b7b
 MOST_PIXELS = 32_000_000
@@ -138,3 +138,19 @@ def replay_payload(data: bytes, given: Mapping[str, bytes] | None = None) -> dic
         if picture is not None: payload[name] = base64.b64encode(picture).decode()
     ImagenRequest.parse(payload)
     return payload
+
+# %% ../nbs/13a_pictures.ipynb #b5196ff8
+def thumbnail(data: bytes, side: int = 192, most: int = 100_000) -> bytes | None:
+    """The picture in `data` as a JPEG of at most `side` pixels a side; `None` if it is damaged, or of an unknown kind.
+
+    Without Pillow it is `data` itself, or `None` when that has more than `most` bytes.
+    """
+    try: from PIL import Image
+    except ImportError: return data if len(data) <= most else None
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as image:
+            if image.width * image.height > MOST_PIXELS: return None
+            image.draft("RGB", (side, side))  # a JPEG is decoded at an eighth, quarter or half, whichever will do
+            image.thumbnail((side, side))
+            return encoded(image.convert("RGB"), "JPEG", quality=80)
+    except Exception: return None

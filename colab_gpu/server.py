@@ -14,7 +14,8 @@ from . import broker as rules
 from .archive import Archive, History, check_name, first_picture, put_picture, record, safe_type, take_picture
 from .broker import (Ask, Broker, Policy, ended_within, heartbeat, lease_within, orders_within, reap_forever, standing, watch,
                               watchers_of)
-from .config import SETTINGS, Settings
+from .bundle import build_wheel, notebook_json
+from .config import SETTINGS, Settings, base_url
 from .errors import (AccessDenied, ColabGPUError, InvalidPayload, InvalidSetting, MissingToken, NotFound, PayloadTooLarge,
                               RequestError, Unavailable)
 from .httpd import (HTTPServer, Later, Limits, Request, Response, Route, Router, ServerThread, StreamResponse, file_response,
@@ -30,8 +31,9 @@ log = logging.getLogger("colab_gpu.server")
 __all__ = ['log', 'is_loopback', 'host_of', 'Doors', 'bearer', 'same', 'from_browser', 'query_number', 'query_words', 'label',
            'read_ask', 'plain', 'read_info', 'App', 'policy_of', 'Submitted', 'add_caller_routes', 'submit_image',
            'image_lines', 'last_line', 'line', 'result_with_picture', 'listed', 'sse', 'add_worker_routes',
-           'lease_dict', 'worker_body', 'token_of', 'receive', 'finish', 'detail_of', 'flag_of', 'add_operator_routes',
-           'prometheus', 'describe', 'archive_forever', 'archive_some', 'run_app', 'QueueServer', 'serve']
+           'lease_dict', 'worker_body', 'token_of', 'receive', 'finish', 'detail_of', 'flag_of', 'asked_address',
+           'download', 'add_package_routes', 'add_operator_routes', 'prometheus', 'describe', 'archive_forever',
+           'archive_some', 'run_app', 'QueueServer', 'serve']
 
 # %% ../nbs/08_server.ipynb #6cf60b69
 _PROXY_MARKS = ("x-forwarded-for", "forwarded", "cf-connecting-ip", "x-forwarded-host", "x-real-ip", "via", "ngrok-trace-id")
@@ -67,6 +69,7 @@ class Doors:
         door = (route.info or {}).get("door", "caller")
         if door == "worker": self._check_worker(request)
         elif door == "caller" and not self.open: self._check_caller(request)
+        elif door == "either" and not self.open: self._check_either(request)
         return None
 
     def _check_worker(self, request: Request) -> None:
@@ -86,6 +89,10 @@ class Doors:
         if token is None:
             raise MissingToken("Send the server's GPU_CLIENT_TOKEN as `Authorization: Bearer …`.", code="client_token_required")
         if not same(token, self.client_token): raise AccessDenied("This is not the server's GPU_CLIENT_TOKEN.", code="invalid_client_token")
+
+    def _check_either(self, request: Request) -> None:
+        token = bearer(request)
+        if token is None or not self.worker_token or not same(token, self.worker_token): self._check_caller(request)
 
     def is_direct(self, request: Request) -> bool:
         "Whether the caller sits on this very machine, with nothing in between."
@@ -199,7 +206,7 @@ class App:
         self.body_bytes, self.artifact_bytes = self.settings["GPU_MAX_BODY_BYTES"], self.settings["GPU_MAX_ARTIFACT_BYTES"]
         self.log_requests, self.answers = self.settings["GPU_LOG_REQUESTS"], {}  # type: ignore[var-annotated]
         self.router = Router()
-        for add in (add_caller_routes, add_worker_routes, add_operator_routes): add(self)
+        for add in (add_caller_routes, add_worker_routes, add_package_routes, add_operator_routes): add(self)
 
     def on_end(self, job: Job) -> None:
         self.ended.set()
@@ -559,6 +566,48 @@ def flag_of(body: Mapping[str, Any], name: str) -> bool | None:
     if value is not None and not isinstance(value, bool): raise InvalidPayload(f"`{name}` must be true or false.", field=name)
     return value
 
+# %% ../nbs/08_server.ipynb #854f5862
+def asked_address(request: Request) -> str:
+    "The address of this server as the caller knows it; blank when the request doesn't tell one that can be written down."
+    scheme = request.headers.get("x-forwarded-proto", "http").partition(",")[0].strip().lower()
+    try: return base_url(f"{'https' if scheme == 'https' else 'http'}://{request.headers.get('host', '')}")
+    except ValueError: return ""
+
+def download(request: Request, body: bytes, kind: str, name: str) -> Response:
+    "`body` as a file to keep, unless the caller has these very bytes."
+    headers = [("ETag", f'"{hashlib.sha256(body).hexdigest()}"'), ("Cache-Control", "private, no-cache"), ("X-Content-Type-Options", "nosniff")]
+    if not_modified(request, headers[0][1]): return Response(status=304, headers=headers)
+    return Response(body, content_type=kind, headers=[*headers, ("Content-Disposition", f'attachment; filename="{name}"')])
+
+# %% ../nbs/08_server.ipynb #9322a34f
+def add_package_routes(app: App) -> None:
+    "The notebook, and the package as a wheel. A wheel is built when it is first asked for, in a thread."
+    query = {"demo_model": "0 for the small one, without the model that draws with no download"}
+    async def built(request: Request) -> tuple[str, bytes]:
+        return await asyncio.to_thread(build_wheel, bool(query_number(request, "demo_model", 1, 0, 1, whole=True)))
+
+    @app.route("GET", "/notebook", "caller", "The notebook for Colab, filled in with this server's address, never with a token", query=query)
+    async def get_notebook(request: Request) -> Response:
+        wheel, address = await built(request), asked_address(request)
+        try: body = await asyncio.to_thread(notebook_json, address, wheel)
+        except InvalidSetting: body = await asyncio.to_thread(notebook_json, "", wheel)
+        return download(request, body, "application/x-ipynb+json", "colab-gpu.ipynb")
+
+    @app.route("GET", "/dist/", "either", "The package's wheel: a page for people and `pip --find-links`, a list for programs")
+    async def list_wheels(request: Request) -> Response:
+        name, body = await built(request)
+        digest = hashlib.sha256(body).hexdigest()
+        if "application/json" in request.headers.get("accept", ""):
+            return json_response({"files": [{"filename": name, "url": f"/dist/{name}", "size": len(body), "hashes": {"sha256": digest}}]})
+        page = f'<!DOCTYPE html><title>colab-gpu</title><a href="/dist/{name}#sha256={digest}">{name}</a>\n'
+        return Response(page, content_type="text/html; charset=utf-8")
+
+    @app.route("GET", "/dist/{name}", "either", "The package's wheel", query=query)
+    async def get_wheel(request: Request) -> Response:
+        name, body = await built(request)
+        if request.params["name"] != name: raise NotFound(f"There is no {request.params['name'][:100]}: the wheel of this server is {name}.")
+        return download(request, body, "application/octet-stream", name)
+
 # %% ../nbs/08_server.ipynb #f799f178
 def add_operator_routes(app: App) -> None:
     "Liveness, readiness, metrics, the description of all this."
@@ -614,7 +663,8 @@ def describe(router: Router) -> dict[str, Any]:
         if info.get("body"):
             properties = {n: {"description": d} for n, d in info["body"].items()}
             shown["requestBody"] = {"content": {"application/json": {"schema": {"type": "object", "properties": properties}}}}
-        if info.get("door") != "open": shown["security"] = [{f"{info['door']}Token": []}]
+        doors = {"open": (), "either": ("caller", "worker")}.get(info.get("door", ""), (info.get("door"),))
+        if doors: shown["security"] = [{f"{door}Token": []} for door in doors]
         paths.setdefault(route.pattern, {})[route.method.lower()] = shown
     error = {"type": "object", "required": ["error", "message", "retryable"],
              "properties": {"error": {"type": "string"}, "message": {"type": "string"}, "retryable": {"type": "boolean"}}}

@@ -27,7 +27,8 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 MUST_NOT_KNOW = {
     "errors": {"*"}, "config": {"httpd", "server"}, "jobs": {"store", "broker", "sqlite3", "time"}, "store": {"broker", "httpd"},
     "postgres": {"broker", "httpd"}, "broker": {"httpd", "sqlite3", "psycopg"}, "archive": {"broker", "store"},
-    "httpd": {"config", "jobs", "store", "broker", "archive"}, "webhooks": {"httpd", "archive", "config", "sqlite3", "psycopg"}, "server": {"sqlite3", "psycopg"}, "openai_api": {"sqlite3", "psycopg"},
+    "httpd": {"config", "jobs", "store", "broker", "archive"}, "webhooks": {"httpd", "archive", "config", "sqlite3", "psycopg"},
+    "bundle": {"httpd", "http", "urllib.request", "server", "client", "worker", "os"}, "server": {"sqlite3", "psycopg"}, "openai_api": {"sqlite3", "psycopg"},
     "ollama_api": {"sqlite3", "psycopg"}, "sdapi": {"sqlite3", "psycopg"}, "gpu": {"jobs"}, "images": {"httpd", "server", "client"},
     "schedulers": {"*"}, "packages": {"config"}, "pictures": {"httpd", "server", "client"}, "models": {"httpd", "server", "client", "torch", "diffusers"},
     "pipelines": {"httpd", "server", "client", "jobs"}, "painting": {"httpd", "server", "client", "config"},
@@ -39,7 +40,7 @@ MUST_NOT_KNOW = {
 }
 # What a room must not reach at all, through whatever it imports: server and worker meet at the contract alone.
 OUT_OF_REACH = {
-    "server": {"client", "worker", "images", "chat", "gpu"}, "webhooks": {"server", "client", "worker"}, "worker": {"server", "store", "broker", "httpd"},
+    "server": {"client", "worker", "images", "chat", "gpu"}, "webhooks": {"server", "client", "worker"}, "bundle": {"server", "client", "worker", "httpd", "store", "broker"}, "worker": {"server", "store", "broker", "httpd"},
     "client": {"server", "store", "broker", "httpd", "worker"}, "images": {"server", "worker"}, "daemon": {"server", "worker"}, "chat": {"server", "worker"},
     "tools": {"server", "worker", "client"}, "providers": {"server", "worker", "images"},
     "tunnel": {"server", "worker", "client", "store", "broker"}, "executors": {"server", "worker", "store", "broker"},
@@ -146,6 +147,12 @@ def test_every_module_has_a_notebook():
     assert sorted(LAYERS) == [path.stem for path in MODULES]
 
 
+def test_the_shipped_notebook_is_the_template():
+    shipped, template = PACKAGE / "service_template.ipynb", ROOT / "nbs" / "colab_gpu_service_template.ipynb"
+    assert shipped.read_bytes() == template.read_bytes(), "colab_gpu/service_template.ipynb is not nbs/colab_gpu_service_template.ipynb: make nbs"
+    assert module_of(template) is None and json.loads(text_of(template))["metadata"]["nbdev"] == {"eval": "false"}, "it is not to be exported, nor run"
+
+
 def test_notebooks_are_clean(copy):
     python("from nbdev.clean import nbdev_clean; nbdev_clean()", cwd=copy)
     for path in NOTEBOOKS:
@@ -234,6 +241,12 @@ def test_extras_agree(metadata):
     config.read(ROOT / "settings.ini", encoding="utf-8")
     extras = {name.removesuffix("_requirements"): value.split() for name, value in config["DEFAULT"].items() if name.endswith("_requirements")}
     assert {name: needs for name, needs in metadata["extras_require"].items() if name != "all"} == extras
+
+
+def test_a_wheel_of_ours_has_what_setuptools_packs(metadata):
+    from colab_gpu.bundle import PACKED
+
+    assert {"*.py", *metadata["package_data"]["colab_gpu"]} == set(PACKED)
 
 
 def test_commands_can_be_called(metadata):

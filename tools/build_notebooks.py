@@ -1,4 +1,4 @@
-"""After editing notebooks: export them, run them keeping their outputs, clean them, write the README.
+"""After editing notebooks: export them, run them keeping their outputs, clean them, copy the template into the package, write the README.
 
     python tools/build_notebooks.py [NOTEBOOK ...]     # all of them, or the named ones (every one is exported)
 
@@ -8,11 +8,13 @@ The order matters: notebooks import their siblings from the exported package.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TEMPLATE, SHIPPED = ROOT / "nbs" / "colab_gpu_service_template.ipynb", ROOT / "colab_gpu" / "service_template.ipynb"
 RUN = "import sys; from nbdev.test import nbdev_test; nbdev_test(sys.argv[1], save=True, n_workers=0)"
 
 
@@ -34,6 +36,7 @@ def main() -> None:
     for path in named or sorted((ROOT / "nbs").glob("*.ipynb")):
         step(f"run {path.name}", RUN, str(path))
     step("clean", "from nbdev.clean import nbdev_clean; nbdev_clean()")
+    shutil.copyfile(TEMPLATE, SHIPPED)
     step("README.md", "import runpy; runpy.run_path('tools/make_readme.py', run_name='__main__')")
 
 
