@@ -3,16 +3,17 @@
 Each helper that lacks something skips the test with a sentence that says what to install; in continuous integration it fails instead.
 """
 
-import asyncio
 import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from importlib.metadata import distribution
 from pathlib import Path
@@ -21,9 +22,9 @@ import nbformat
 import pytest
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
-from jupyter_core.utils import ensure_async
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from processes import eventually
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -89,11 +90,16 @@ def colab_env():
     return folder
 
 
-def overlay(base, folder):
-    "A thin environment over `base`, whose packages it sees; what is installed into it stays in it. Its Python."
+def overlay(folder, *bases):
+    "A thin environment over others, whose packages it sees, the first one's first; what is installed into it stays in it. Its Python."
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    (site(folder) / "base.pth").write_text(str(site(base)) + "\n")
+    (site(folder) / "bases.pth").write_text("".join(f"{site(base)}\n" for base in bases))
     return folder / "bin" / "python"
+
+
+def pip(python, *words):
+    "`pip install` into an environment."
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *words], check=True, env=without_ours())
 
 
 # --- a notebook, run by a kernel
@@ -130,18 +136,6 @@ class Shown(list):
                 if "application/vnd.jupyter.widget-view+json" in output.get("data", {})]
 
 
-class Runner(NotebookClient):
-    "nbclient, with a look at each message as it comes."
-    look = None
-
-    def process_message(self, msg, cell, cell_index):
-        found = super().process_message(msg, cell, cell_index)
-        if self.look is not None and self.look(Shown(cell.outputs)):
-            self.look = None
-            self.pressed = asyncio.ensure_future(ensure_async(self.km.interrupt_kernel()))
-        return found
-
-
 def filled(notebook, values):
     "The notebook with other values in its form fields, the lines `NAME = …  #@param …`."
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -174,7 +168,7 @@ class Notebook:
         argv = [str(self.python), "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         (specs / "stage" / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "stage", "language": "python"}))
         manager = AsyncKernelManager(kernel_name="stage", kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(specs)], ensure_native_kernel=False))
-        self.runner = Runner(self.content, km=manager, timeout=self.timeout_s, allow_errors=True, resources={"metadata": {"path": str(self.folder)}})
+        self.runner = NotebookClient(self.content, km=manager, timeout=self.timeout_s, allow_errors=True, resources={"metadata": {"path": str(self.folder)}})
         self.kernel = self.runner.setup_kernel(env=self.env)
         self.kernel.__enter__()
         return self
@@ -183,26 +177,35 @@ class Notebook:
         self.kernel.__exit__(None, None, None)
 
     def run(self, number, stop_when=None):
-        """Run the code cell `number`, counted from 0; what it showed. `stop_when`: press Stop when this is true of what it shows so far.
+        """Run the code cell `number`, counted from 0; what it showed. `stop_when`: a fact to wait for, then Stop is pressed.
 
         Nothing may look like a traceback.
         """
         index = self.cells[number]
         cell = self.content.cells[index]
-        self.runner.look = stop_when
         began = time.monotonic()
+        if stop_when is not None:
+            threading.Thread(target=self._stop, args=(stop_when,), daemon=True).start()
         try:
             self.runner.execute_cell(cell, index)
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
             raise AssertionError(f"code cell {number} did not end well: {str(e)[-1500:]}\n{Shown(cell.outputs)}") from None
         finally:
-            self.runner.look = None
             self.took[number] = time.monotonic() - began
         shown = Shown(cell.outputs)
         for output in shown:
             words = Shown.words(output)
             assert "Traceback" not in words and not (output["output_type"] == "error" and len(output["traceback"]) > 1), f"code cell {number}:\n{words}"
         return shown
+
+    def _stop(self, fact):
+        eventually(fact, "what Stop waits for")
+        os.kill(self.pid, signal.SIGINT)
+
+    @property
+    def pid(self):
+        "The kernel's process."
+        return self.runner.km.provisioner.process.pid
 
     def fill(self, **values):
         "Change form fields, as a person does between two runs."

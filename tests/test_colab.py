@@ -3,8 +3,9 @@
 import base64
 import json
 import os
+import socket
 import sys
-from pathlib import Path
+import threading
 
 import pytest
 from conftest import TOKEN
@@ -15,7 +16,7 @@ if sys.platform == "win32":
 for name in ("torch", "diffusers", "transformers", "nbclient", "ipywidgets", "pyngrok"):
     pytest.importorskip(name)
 
-from stages import Notebook, colab_env, colab_page, far, kaggle_page, overlay
+from stages import Notebook, colab_env, colab_page, far, kaggle_page, overlay, pip
 from test_tunnel import AUTH, StandIn
 
 from colab_gpu import bundle
@@ -24,6 +25,7 @@ from colab_gpu.client import Client
 CALLER = "caller-token-for-tests"
 TERMS, SETTINGS, MACHINE, PACKAGE, INSTALL, START, TRY, STOP = range(8)  # the notebook's code cells
 TICKED = {"I_HAVE_READ_THE_TERMS_AND_MAY_DO_THIS_HERE": True}
+TEMPLATE = bundle.package_folder() / bundle.TEMPLATE
 SECRETS = (TOKEN, AUTH, CALLER)
 # No Ollama here, and nobody to install one; a notebook on a machine of one's own finds its settings in the environment.
 # Small pictures gain nothing from a second thread, and on a busy machine two that wait for each other cost tenfold.
@@ -38,10 +40,14 @@ def base():
     return colab_env()
 
 
-@pytest.fixture
-def fresh(base, tmp_path):
-    """The Python of an environment that only has what Colab has."""
-    return overlay(base, tmp_path / "env")
+@pytest.fixture(scope="module")
+def with_package(base, tmp_path_factory):
+    """An environment that has this package besides, from its wheel."""
+    folder = tmp_path_factory.mktemp("with-package")
+    name, wheel = bundle.build_wheel()
+    (folder / name).write_bytes(wheel)
+    pip(overlay(folder / "env", base), "--no-deps", "--no-index", folder / name)
+    return folder / "env"
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +59,16 @@ def single_file(tmp_path_factory):
 
 
 @pytest.fixture
-def opened(fresh, single_file, tmp_path):
-    """Opens notebooks, and ends their kernels."""
+def opened(base, with_package, tmp_path):
+    """Opens notebooks, each on a machine of its own, and ends their kernels. `what`: the template, on a machine that has the package, if not said."""
     kernels = []
 
-    def open_one(values=None, what=single_file, **env):
-        folder = tmp_path / f"runtime{len(kernels)}"
+    def open_one(values=None, what=None, **env):
+        folder = tmp_path / f"machine{len(kernels)}"
         folder.mkdir()
+        python = overlay(folder / "env", base) if what else overlay(folder / "env", with_package, base)
         home = {"HOME": folder, "COLAB_GPU_DATA": folder / "data"}
-        kernels.append(Notebook(what, fresh, folder, {**PLAIN, **home, **env}, values).__enter__())
+        kernels.append(Notebook(what or TEMPLATE, python, folder, {**PLAIN, **home, **env}, values).__enter__())
         return kernels[-1]
 
     yield open_one
@@ -96,8 +103,8 @@ def children_of(pid):
     return psutil.Process(pid).children(recursive=True)
 
 
-def test_one_file_installs_itself_connects_draws_and_stops(opened, remote):
-    notebook = opened({"STACK_API_BASE": remote.url, "WORKER_ID": "attic"}, STACK_WORKER_TOKEN=TOKEN, GPU_CLIENT_TOKEN=CALLER)
+def test_one_file_installs_itself_connects_draws_and_stops(opened, single_file, remote):
+    notebook = opened({"STACK_API_BASE": remote.url, "WORKER_ID": "attic"}, single_file, STACK_WORKER_TOKEN=TOKEN, GPU_CLIENT_TOKEN=CALLER)
     shown = notebook.run_all()
     assert len(shown) == 8 and not any(cell.halted for cell in shown), shown[-1]
     assert "This is not Colab" in str(shown[TERMS])
@@ -130,8 +137,7 @@ def test_all_in_one_on_colab_with_its_secrets(opened, tmp_path):
     assert "pyngrok" in str(shown[INSTALL])
     url = str(shown[START]).rpartition("Public at ")[2].split()[0].rstrip(".")
     assert shown[TRY].pictures and draw(url, "a house by the sea").status == "completed"
-    kernel = notebook.runner.km.provisioner.process.pid
-    family = children_of(kernel)
+    family = children_of(notebook.pid)
     assert any("serve" in process.cmdline() for process in family)
     assert not any(secret in word for process in family for word in process.cmdline() for secret in SECRETS)
     notebook.fill(STOP_NOW=True)
@@ -166,27 +172,57 @@ def test_a_worker_on_colab_and_what_goes_wrong_there(opened, remote, tmp_path):
     assert not any(secret in json.dumps(notebook.content) for secret in SECRETS)
 
 
-def test_a_worker_on_kaggle(opened, remote, tmp_path):
-    notebook = opened({"STACK_API_BASE": far(remote.url), "PRELOAD_MODELS": False}, **kaggle_page(tmp_path, STACK_WORKER_TOKEN=TOKEN), **NO_INDEX)
-    shown = notebook.run_all(range(START + 1))
-    assert "polls" in str(shown[START]) and eventually(lambda: live(remote), "the worker") == {"colab-worker"}
-
-
-def test_without_a_network(opened, tmp_path):
-    template = Path(bundle.package_folder()) / bundle.TEMPLATE
-    bare = opened({"STACK_API_BASE": "http://127.0.0.1:9"}, what=template, **NO_INDEX)
-    shown = bare.run_all()
+def test_on_kaggle_without_internet(opened, single_file, remote, tmp_path):
+    page = kaggle_page(tmp_path, STACK_WORKER_TOKEN=TOKEN)
+    shown = opened({}, TEMPLATE, **page, **NO_INDEX).run_all()
     assert len(shown) == INSTALL + 1 and shown[-1].halted and "colab-gpu could not be installed: " in str(shown[-1])
-    whole = opened({}, **NO_INDEX)
-    shown = whole.run_all(range(START + 1))
-    assert "ollama" in str(shown[INSTALL]) and "check that this machine reaches the internet" in str(shown[INSTALL])
-    assert "Not started: No worker's token yet" in str(shown[START])
-    shown = whole.run(TRY)
-    assert shown.pictures and "here and not through the queue" in str(shown), "the demo model needs nobody"
+    shown = opened({"STACK_API_BASE": far(remote.url)}, single_file, **page, **NO_INDEX).run_all()
+    assert len(shown) == 8 and not any(cell.halted for cell in shown)
+    assert "from this notebook" in str(shown[INSTALL]) and "ollama" in str(shown[INSTALL]) and "reaches the internet" in str(shown[INSTALL])
+    assert "polls" in str(shown[START]) and live(remote) == {"colab-worker"}
+    assert shown[TRY].pictures and "here and not through the queue" in str(shown[TRY]), "a worker's token is no caller's"
 
 
-def test_cells_out_of_order_and_stopped_ones(opened, remote):
-    notebook = opened({"STACK_API_BASE": remote.url, "PRELOAD_MODELS": False}, STACK_WORKER_TOKEN=TOKEN, GPU_CLIENT_TOKEN=CALLER, **NO_INDEX)
-    for number in (INSTALL, START, TRY):
-        assert notebook.run(number).halted and "run all cells from the top" in str(notebook.content.cells[notebook.cells[number]].outputs)
-    assert "Nothing was started" in str(notebook.run(STOP))
+class Deaf:
+    """A server that takes connections and never answers."""
+
+    def __init__(self):
+        self.door, self.taken = socket.create_server(("127.0.0.1", 0)), []
+        self.url = f"http://127.0.0.1:{self.door.getsockname()[1]}"
+        threading.Thread(target=self._take, daemon=True).start()
+
+    def _take(self):
+        while True:
+            try: self.taken.append(self.door.accept()[0])
+            except OSError: return
+
+    def __enter__(self): return self
+
+    def __exit__(self, *_):
+        for each in (self.door, *self.taken): each.close()
+
+
+def test_a_fresh_kernel_and_cells_that_are_stopped(opened, remote):
+    with Deaf() as deaf:
+        known = {"STACK_WORKER_TOKEN": TOKEN, "GPU_CLIENT_TOKEN": CALLER}
+        notebook = opened({"STACK_API_BASE": deaf.url, "PRELOAD_MODELS": False}, **known, **{**NO_INDEX, "PIP_INDEX_URL": deaf.url})
+        for number in (INSTALL, START, TRY):
+            shown = notebook.run(number)
+            assert shown.halted and "run all cells from the top" in str(shown)
+        assert "Nothing was started" in str(notebook.run(STOP))
+        notebook.run_all(range(INSTALL))
+        shown = notebook.run(INSTALL, stop_when=lambda: deaf.taken)
+        assert "again" in str(shown)
+        assert not children_of(notebook.pid), "pip is stopped with it"
+        notebook.ask(f"import os; os.environ['PIP_INDEX_URL'] = {NO_INDEX['PIP_INDEX_URL']!r}")
+        assert "what was here" in str(notebook.run(INSTALL))
+        deaf.taken.clear()
+        shown = notebook.run(START, stop_when=lambda: deaf.taken)
+        assert shown.halted and "Stopped. Run this cell again to go on." in str(shown)
+    notebook.fill(STACK_API_BASE=remote.url)
+    notebook.run(SETTINGS)
+    assert "polls" in str(notebook.run(START))
+    shown = notebook.run(TRY, stop_when=lambda: Client(remote.url, CALLER).jobs())
+    assert not shown.pictures and "Stopped. Run this cell again to go on." in str(shown)
+    shown = notebook.run(TRY)
+    assert shown.pictures and "Drawn through the queue" in str(shown)
