@@ -342,12 +342,16 @@ class Browser:
         except BaseException:
             self.playwright.stop()
             raise
-        self.context.set_default_timeout(90_000)
+        self.context.set_default_timeout(60_000)
         return self
 
-    def __exit__(self, *_):
-        self.context.close()
-        self.playwright.stop()
+    def __exit__(self, kind, *_):
+        try:
+            if kind is not None and self.context.pages:  # pytest keeps the folder
+                self.context.pages[-1].screenshot(path=Path(self.folder).parent / "failed.png")
+            self.context.close()
+        finally:
+            self.playwright.stop()
 
     def page(self, address):
         page = self.context.new_page()
