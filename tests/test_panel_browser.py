@@ -1,0 +1,120 @@
+"""The panel as people see and press it: in JupyterLab and in Voila, by a browser, over a real service, server and model.
+
+    SCREENSHOTS=docs python -m pytest tests/test_panel_browser.py      # the pictures in the README
+"""
+
+import os
+import re
+import sys
+
+import nbformat
+import pytest
+from conftest import TOKEN
+from processes import eventually, start_server
+
+if sys.platform == "win32":
+    pytest.skip("the stages need a POSIX system", allow_module_level=True)
+for name in ("torch", "diffusers", "transformers", "ipywidgets"):
+    pytest.importorskip(name)
+
+from stages import ROOT, Browser, Lab, Voila, lacking, screenshot
+
+for name in ("jupyterlab", "voila", "playwright"):
+    try: __import__(name)
+    except ImportError: lacking(f"{name} is missing: pip install 'colab-gpu[dev]'")
+
+from colab_gpu.client import Client
+
+CALLER = "caller-token-for-tests"
+CELLS = """from colab_gpu.panel import show
+from colab_gpu.service import open_service
+
+service = open_service()
+show(service);"""
+PROMPT = "a <b>red</b> house by the sea"
+PRETTY = bool(os.environ.get("SCREENSHOTS"))
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """A server in a process of its own."""
+    with start_server(tmp_path / "server", GPU_CLIENT_TOKEN=CALLER) as process: yield process
+
+
+@pytest.fixture(params=["jupyterlab", "voila"])
+def stage(request, processes, remote, tmp_path):
+    """JupyterLab or Voila, with a notebook that shows the panel; the notebook's file."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    file = folder / "panel.ipynb"
+    spec = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELLS)], metadata=spec), file)
+    env = {"STACK_API_BASE": remote.url, "WORKER_ID": "attic", "IMAGEN_MODEL_ID": "demo", "START_OLLAMA": 0, "OLLAMA_URL": "http://127.0.0.1:9", "WORKER_GUARD": 0,
+           "WORKER_WAIT_SECONDS": 1, "COLAB_GPU_DATA": tmp_path / "data", "OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT}
+    made = Lab(processes, tmp_path / "jupyter", folder, **env) if request.param == "jupyterlab" else Voila(processes, tmp_path / "jupyter", file, **env)
+    made.name, made.file = request.param, file
+    return made
+
+
+def drawn(picture):
+    """Whether an image on the page has been drawn."""
+    return picture.count() and picture.first.evaluate("image => image.complete && image.naturalWidth > 0")
+
+
+def test_the_panel_from_connect_to_stop(stage, remote, tmp_path):
+    client, wrong = Client(remote.url, CALLER), []
+    with Browser(tmp_path / "profile") as browser:
+        page = browser.page(stage.address("panel.ipynb"))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        stage.run_all(page)
+        tab = lambda name: page.get_by_role("tab", name=name, exact=True).click()
+        press = lambda name: page.locator("button").filter(has_text=re.compile(rf"^\s*{name}\s*$")).locator("visible=true").click()
+        see = lambda text: page.get_by_text(text, exact=True).first.wait_for()
+
+        see("Stopped")
+        token = page.get_by_placeholder("the server's GPU_WORKER_TOKEN")
+        token.fill("another-token")
+        press("Connect")
+        see(f"{remote.url} refused the token: STACK_WORKER_TOKEN must be the server's GPU_WORKER_TOKEN.")
+        token.fill(TOKEN)
+        press("Connect")
+        see(f"Connected to {remote.url}.")
+        assert token.input_value() == "" and TOKEN not in page.content()
+
+        tab("Models")
+        page.get_by_role("combobox").locator("visible=true").first.select_option("demo")
+        press("Preload")
+        see("demo is loaded.")
+        screenshot(page, f"{stage.name}-models")
+
+        tab("Jobs")
+        press("Start")
+        see("Waiting for jobs")
+        before = [client.submit("imagenGenerate", {"prompt": prompt, "seed": 7}) for prompt in ("a blue boat at night", "a green hill under a yellow sky") if PRETTY]
+        for job in before: assert job.wait(200).status == "completed"
+        job = client.submit("imagenGenerate", {"prompt": PROMPT, "seed": 3, "num_inference_steps": 50})
+        see("At work")
+        see(PROMPT)
+        pictures = page.locator(".widget-image").locator("visible=true")
+        eventually(lambda: pictures.count() > len(before) and drawn(pictures), "the preview", 120)
+        assert client.get(job.id).status == "leased", "what is seen is a preview"
+        screenshot(page, f"panel-{stage.name}")
+        assert job.wait(200).status == "completed"
+        see("completed")
+        see("No job is under way.")
+        eventually(lambda: drawn(pictures), "the thumbnail")
+        see(PROMPT)
+        screenshot(page, f"{stage.name}-recent")
+
+        press("Drain")
+        see("Stopped")
+        press("Start")
+        see("Waiting for jobs")
+        press("Stop")
+        see("Stopped")
+        assert client.submit("imagenGenerate", {"prompt": "nobody takes it"}).status == "queued"
+        if stage.name == "jupyterlab":
+            page.keyboard.press("Control+s")
+            eventually(lambda: "widget-view" in stage.file.read_text(), "the saved notebook")
+            assert TOKEN not in stage.file.read_text()
+        assert TOKEN not in page.content() and "Something went wrong" not in page.content() and not wrong
