@@ -243,6 +243,7 @@ def secrets_of(service: Service) -> list[str]:
     if service.server: known += service.server.tokens.values()
     return sorted({secret for secret in known if len(secret) > 3}, key=len, reverse=True)
 
+# %% ../nbs/17b_service.ipynb #d0e2b9fc
 @contextmanager
 def one_verb(service: Service) -> Iterator[None]:
     "One verb at a time; how it fails is kept as the service's error, and raised."
@@ -377,6 +378,7 @@ def _stopped(service: Service, grace_s: float = 0) -> bool:
     service.server, service.says = None, ""
     return ended
 
+# %% ../nbs/17b_service.ipynb #a1e47794
 def close(service: Service) -> None:
     "Stop everything for good: also models, and a daemon that was started here. Again it ends what an interrupt left."
     with service.lock:
@@ -664,6 +666,7 @@ def adopt(service: Service, old: Service) -> None:
     service.executors = beside(ours, load_tools(service.settings["WORKER_LOAD"]), service.log)
     service.preloads |= {key: one for key, one in old.preloads.items() if one.state != "failed"}
 
+# %% ../nbs/17b_service.ipynb #84512955
 def begin(service: Service, preload: bool = True) -> str:
     "Start, and begin to load the models of the settings; a sentence, also when it did not work."
     try: said = service.start()
