@@ -159,6 +159,7 @@ _ROWS += [
     Setting("WORKER_STANDBY_SECONDS", "", number(0, 86_400), "Take only what has waited that long with no regular worker; blank: all", "worker"),
     Setting("WORKER_PROVIDER", "auto", choice("auto", "mcp", "local"),
             "Who draws: `mcp`, the image service, or `local`, this machine; auto: the service for a standby that has one", "worker"),
+    Setting("COLAB_GPU_SOURCE", "", str, "What the notebook installs colab-gpu from, if it isn't inside: an address or path for pip", "notebook"),
 ]
 
 # %% ../nbs/01_config.ipynb #f050a30e
@@ -206,8 +207,8 @@ def colab_secrets(names: Iterable[str] | None = None) -> dict[str, str]:
 
     Call it on the main thread. Source: https://colab.research.google.com, `google.colab.userdata`.
     """
-    try: from google.colab import userdata  # type: ignore[import-not-found,import-untyped,unused-ignore]
-    except ImportError: return {}
+    userdata = colab_part("userdata")
+    if userdata is None: return {}
     found = {}
     for name in names if names is not None else [row.name for row in SETTINGS.values() if row.secret]:
         # Not shared, not granted and timed out have no common base below Exception; each means "no value here".
@@ -221,6 +222,7 @@ def colab_secrets(names: Iterable[str] | None = None) -> dict[str, str]:
 def colab_part(name: str) -> Any:
     "`google.colab.<name>` (`drive`, `output`, …) as a module; `None` outside Colab."
     import importlib
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ: return None  # its image is built on Colab's, whose page isn't there
     try: return importlib.import_module(f"google.colab.{name}")
     except ImportError: return None
 

@@ -59,9 +59,9 @@ class Cuda:
     def __init__(self, name: str, command: str = "nvidia-smi") -> None: self.name, self.command = name, command
     def memory(self) -> tuple[int | None, int | None]:
         "Free and total bytes."
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
-            free, total = torch.cuda.mem_get_info()
+        cuda = getattr(sys.modules.get("torch"), "cuda", None)  # another thread may be importing it just now
+        if cuda is not None and getattr(cuda, "is_initialized", bool)():
+            free, total = cuda.mem_get_info()
             return free, total
         found = ask_nvidia_smi(self.command)
         return (found[2], found[1]) if found else (None, None)

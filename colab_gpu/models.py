@@ -32,7 +32,8 @@ def find_model(model_id: str) -> ModelSource:
     "Where the model `model_id` is: a Hub id, a folder, a .safetensors file, or `demo`. Raises `InvalidInput` when it can be none of them."
     model_id = RENAMED.get(model_id, model_id)
     if model_id == "demo": return _demo()
-    folder = Path(model_id).expanduser()
+    try: folder = Path(model_id).expanduser()
+    except RuntimeError: folder = Path(model_id)  # ~somebody who has no home here
     if folder.is_dir(): return ModelSource(folder.resolve().name, str(folder), True)
     if folder.is_file() and folder.suffix == ".safetensors": return ModelSource(folder.stem, str(folder), True, single=True)
     if folder.is_file() or len(model_id) > 96 or not HUB_ID.fullmatch(model_id):

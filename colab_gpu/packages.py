@@ -56,7 +56,8 @@ def pip_install(words: Iterable[str], what: str, timeout_s: float = 900) -> None
     except subprocess.TimeoutExpired: raise Transient(f"{what} could not be installed within {timeout_s:g} s: run the cell again.") from None
     importlib.invalidate_caches()
     if done.returncode == 0: return
-    said = [line for line in (done.stderr or done.stdout).splitlines() if line.startswith("ERROR")] or [f"pip ended with {done.returncode}"]
+    lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()] or [f"pip ended with {done.returncode}"]
+    said = [line for line in lines if line.startswith("ERROR")] or lines
     raise Transient(f"{what} could not be installed ({said[-1].removeprefix('ERROR: ')[:200]}): check that this machine reaches the internet, "
                     "and run the cell again.")
 

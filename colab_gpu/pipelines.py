@@ -334,5 +334,6 @@ def free_memory() -> None:
     "Give back what torch keeps for itself, as far as nobody holds it."
     gc.collect()
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available(): torch.cuda.empty_cache()
-    elif torch is not None and torch.backends.mps.is_available(): torch.mps.empty_cache()
+    if torch is None or not hasattr(torch, "mps"): return  # not loaded, or another thread is importing it just now
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available(): torch.mps.empty_cache()

@@ -8,14 +8,15 @@ import atexit, os, re, subprocess, sys, threading, time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 from .client import Client, Transport
-from .config import SETTINGS, Settings, apply_overrides, colab_part, colab_secrets, kaggle_secrets
+from .config import SETTINGS, Settings, apply_overrides, base_url, colab_part, colab_secrets, kaggle_secrets
 from .daemon import end_process, is_loopback, last_line
-from .errors import (AccessDenied, ColabGPUError, ConnectionFailed, ExecutionError, InvalidSetting, MissingToken, NotFound, Transient)
-from .executors import NEEDS_CHAT, NEEDS_IMAGES, executors_here
+from .errors import (AccessDenied, ColabGPUError, ConnectionFailed, ExecutionError, Interrupted, InvalidSetting, MissingToken, NotFound, Transient)
+from .executors import NEEDS_CHAT, NEEDS_IMAGES, chat_executors, executors_here
 from .gpu import Arbiter, accelerator_info, find_device, installed_versions
 from .models import KNOWN, find_model, known_model, models_on_disk
 from .runs import scrub
@@ -24,12 +25,12 @@ from .tunnel import MINDED, Tunnel, open_tunnel, public_tokens
 from .worker import Worker
 
 # %% auto #0
-__all__ = ['MODES', 'DRIVE', 'platform', 'reachable_address', 'try_server', 'ServerProcess', 'Preload', 'load_images',
-           'load_chat', 'Service', 'state_of', 'address_of', 'secrets_of', 'one_verb', 'connect', 'use_ngrok_token',
-           'start', 'executors_of', 'executor_of', 'drain', 'stop', 'close', 'release', 'preload', 'Looker', 'look',
-           'image_choices', 'chat_choices', 'snapshot', 'model_rows', 'client_token', 'snippet', 'try_picture',
-           'try_chat', 'loaded', 'caller', 'Halt', 'in_words', 'open_service', 'take_over', 'begin', 'tried',
-           'keep_models_on', 'use_drive']
+__all__ = ['MODES', 'CLOSED', 'TYPED', 'DRIVE', 'platform', 'reachable_address', 'try_server', 'ServerProcess', 'Preload',
+           'load_images', 'load_chat', 'Service', 'state_of', 'server_died', 'address_of', 'secrets_of', 'one_verb',
+           'connect', 'use_ngrok_token', 'start', 'executors_of', 'executor_of', 'drain', 'stop', 'close', 'release',
+           'preload', 'Looker', 'look', 'image_choices', 'chat_choices', 'snapshot', 'model_key', 'model_rows',
+           'client_token', 'snippet', 'try_picture', 'try_chat', 'loaded', 'caller', 'Halt', 'in_words', 'override',
+           'open_service', 'at_home', 'take_over', 'alike', 'adopt', 'begin', 'tried', 'keep_models_on', 'use_drive']
 
 # %% ../nbs/17b_service.ipynb #74007ffe
 MODES = ("worker", "all in one")
@@ -37,7 +38,7 @@ MODES = ("worker", "all in one")
 def platform(environ: Mapping[str, str] | None = None) -> str:
     "`colab`, `kaggle` or `here`. `environ`: `None` is this process's."
     environ = os.environ if environ is None else environ
-    return "colab" if "COLAB_RELEASE_TAG" in environ else "kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in environ else "here"
+    return "kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in environ else "colab" if "COLAB_RELEASE_TAG" in environ else "here"  # Kaggle's image has both
 
 def reachable_address(address: str, where: str) -> str:
     "`address`, unless the machine `where` this runs can't mean it. Raises `InvalidSetting`."
@@ -95,12 +96,13 @@ class ServerProcess:
     def alive(self) -> bool: return self.process is not None and self.process.poll() is None
     def start(self) -> ServerProcess:
         "Start it and wait until it serves. Raises `Transient`."
+        self.url = ""
         _start_server(self)
         return self
     def stop(self) -> None:
         "End it in good order; again does nothing."
         if self.process is not None: end_process(self.process, 15)
-        self.process = None
+        self.process, self.url = None, ""
 
 # %% ../nbs/17b_service.ipynb #91368dc6
 def _start_server(server: ServerProcess) -> None:
@@ -109,26 +111,38 @@ def _start_server(server: ServerProcess) -> None:
     if os.name == "posix": command = ["/bin/sh", "-c", MINDED, "sh", *command]
     given = {name: text for name in SETTINGS if not SETTINGS[name].secret and server.settings.source(name)[1] != "default"
              for text in (server.settings.source(name)[0],)}
+    if server.settings["GPU_WEBHOOK_SECRET"]: given["GPU_WEBHOOK_SECRET"] = str(server.settings["GPU_WEBHOOK_SECRET"])
     inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     server.log.parent.mkdir(parents=True, exist_ok=True)
-    with server.log.open("wb") as log:
-        server.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, **_OWN_GROUP,
-                                          env={**inherited, **given, **server.tokens, "PYTHONUNBUFFERED": "1"})
-    deadline = time.monotonic() + server.ready_s
+    environ, deadline = {**inherited, **given, **server.tokens, "PYTHONUNBUFFERED": "1"}, time.monotonic() + server.ready_s
+    try:
+        while not server.url:
+            with server.log.open("wb") as log:
+                server.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environ, **_OWN_GROUP)
+            server.url = _await_server(server, deadline)
+    except BaseException:
+        server.stop()
+        raise
+
+def _await_server(server: ServerProcess, deadline: float) -> str:
+    "The server's address once it serves; blank if it is to be tried again. Raises `Transient`."
     while not (found := re.search(r"serves at (http://\S+)", server.log.read_text("utf-8", "replace"))):
+        if not server.alive and "Another server is using" in server.log.read_text("utf-8", "replace") and time.monotonic() < deadline:
+            time.sleep(0.5)  # that of a kernel which has just ended goes within seconds
+            return ""
         if not server.alive: raise Transient(f"The queue server ended at once ({last_line(server.log)}): all it said is in {server.log}.")
-        if time.monotonic() > deadline:
-            server.stop()
-            raise Transient(f"The queue server did not serve within {server.ready_s:g} s: what it said is in {server.log}.")
+        if time.monotonic() > deadline: raise Transient(f"The queue server did not serve within {server.ready_s:g} s: see {server.log}.")
         time.sleep(0.05)
-    server.url = found[1]
+    return found[1]
 
 # %% ../nbs/17b_service.ipynb #cdb45327
 class Preload:
     "A model that is loaded in the background. `needs_bytes`: of the accelerator's memory, about; `None` where nobody knows."
-    def __init__(self, family: str, name: str) -> None:
-        self.family, self.name, self.state, self.says = family, name, "loading", "Waiting for its turn."
+    def __init__(self, family: str, name: str, model: str = "") -> None:
+        self.family, self.name, self.model = family, name, model or name  # what results show; what was asked for, a path perhaps
+        self.state, self.says = "loading", "Waiting for its turn."
         self.percent: int | None = None
+        self.ready_at = 0.0  # monotonic, seconds
         self.needs_bytes: int | None = None
     def row(self) -> dict[str, Any]:
         "What a snapshot shows."
@@ -138,23 +152,23 @@ class Preload:
 def load_images(preload: Preload, executor: Any) -> None:
     "Load an image model. Raises `ColabGPUError`."
     from colab_gpu.images import owner_model
-    source = owner_model(preload.name, executor.model_id)
+    source = owner_model(preload.model, executor.model_id)
     preload.needs_bytes = executor.shelf.needs(source) or preload.needs_bytes
     expected = 0 if source.local else round(known_model(source).gib * 2**30)
     def tell(sentence: str) -> None:
         preload.says = sentence
         found = re.search(r"([\d.]+) GiB", sentence)
         if expected and found and sentence.startswith("Downloading"): preload.percent = min(99, round(float(found[1]) * 2**30 * 100 / expected))
-    executor.preload(preload.name, tell)
+    executor.preload(preload.model, tell)
     preload.says = f"{source.name} is loaded."
 
-def load_chat(preload: Preload, ollama: Any) -> None:
-    "Pull a chat model if it is missing, and load it. Raises `ColabGPUError`."
+def load_chat(preload: Preload, ollama: Any, check: Callable[[], None] = lambda: None) -> None:
+    "Pull a chat model if it is missing, and load it; `check` may raise to give it up. Raises `ColabGPUError`."
     from colab_gpu.chat import needs, pull
     if not ollama.daemon.alive: preload.says = "Starting Ollama; it is installed first if it is missing, which takes a minute or two."
-    ollama.daemon.ensure()
+    ollama.daemon.ensure(check)
     def on_percent(percent: int) -> None: preload.percent, preload.says = percent, f"Pulling {preload.name}."
-    pull(ollama, preload.name, on_percent)
+    pull(ollama, preload.name, on_percent, check)
     preload.percent, preload.says, preload.needs_bytes = None, f"Loading {preload.name}.", needs(ollama, preload.name) or None
     ollama.preload([preload.name], lambda sentence: None)
     preload.says = f"{preload.name} is loaded."
@@ -206,12 +220,18 @@ class Service:
     def snapshot(self) -> dict[str, Any]: "See `snapshot`."; return snapshot(self)
 
 # %% ../nbs/17b_service.ipynb #2179cc0a
+CLOSED = "This service was replaced by a newer one, or stopped for good: run the start cell again."
+
 def state_of(service: Service) -> str:
     "`stopped`, `starting`, `waiting`, `running`, `offline`, `resting` or `draining`."
     worker = service.worker
     if service.starting: return "starting"
-    if worker is None or not worker.alive: return "stopped"
+    if worker is None or not worker.alive or server_died(service): return "stopped"
     return "draining" if worker.draining.is_set() else worker.state
+
+def server_died(service: Service) -> bool:
+    "Whether our own server has ended by itself."
+    return service.server is not None and not service.server.alive
 
 def address_of(service: Service) -> str:
     "Where the queue server is, seen from here."
@@ -223,11 +243,12 @@ def secrets_of(service: Service) -> list[str]:
     if service.server: known += service.server.tokens.values()
     return sorted({secret for secret in known if len(secret) > 3}, key=len, reverse=True)
 
+# %% ../nbs/17b_service.ipynb #d0e2b9fc
 @contextmanager
 def one_verb(service: Service) -> Iterator[None]:
     "One verb at a time; how it fails is kept as the service's error, and raised."
     with service.lock:
-        if service.closed: raise InvalidSetting("This service was replaced by a newer one, or stopped for good: run the start cell again.")
+        if service.closed: raise InvalidSetting(CLOSED)
         service.error = ""
         try: yield
         except ColabGPUError as e:
@@ -243,11 +264,14 @@ def connect(service: Service, address: str = "", token: str = "") -> str:
     with one_verb(service):
         if service.mode != "worker":
             raise InvalidSetting("In the mode `all in one` the server is here: there is nothing to connect to.", field="STACK_API_BASE")
+        try: address = base_url(address) if address.strip() else ""
+        except ValueError as e: raise InvalidSetting(f"STACK_API_BASE {e}.", field="STACK_API_BASE") from None  # what was typed may be a secret
         settings = service.settings.but(STACK_API_BASE=address.strip(), STACK_WORKER_TOKEN=token.strip())
         reachable_address(settings["STACK_API_BASE"], service.where)
         changed = bool(token.strip()) or settings["STACK_API_BASE"] != service.settings["STACK_API_BASE"]
         service.settings, service.says = settings, ""
         service.says = try_server(settings)
+        if service.worker is not None: service.worker.last_error = ""
         if changed and service.worker is not None and service.worker.alive: _start_worker(service)
         return service.says
 
@@ -264,6 +288,8 @@ def start(service: Service) -> str:
     with one_verb(service):
         if service.worker is not None and service.worker.alive and not service.worker.draining.is_set() and service.mode == "worker":
             return f"{service.worker.id} works for {service.address} already."
+        if service.worker is not None and service.worker.alive and service.worker.draining.is_set() and service.worker.runs:
+            return "The job under way is finished first; then press Start again."
         service.starting = True
         try: return _start_all(service) if service.mode == "all in one" else _start_polling(service)
         finally: service.starting = False
@@ -279,9 +305,12 @@ def _start_polling(service: Service) -> str:
 
 def _start_all(service: Service) -> str:
     if service.server is None or not service.server.alive:
-        service.server = ServerProcess(service.settings).start()
+        if service.tunnel is not None: service.tunnel.close()  # it leads to where nobody is
+        service.tunnel, service.server = None, service.server or ServerProcess(service.settings)
+        service.server.start()
         service.log(f"[server] serves at {service.server.url}; its log is {service.server.log}")
-    if service.worker is None or not service.worker.alive or service.worker.draining.is_set(): _start_worker(service)
+        _start_worker(service)
+    elif service.worker is None or not service.worker.alive or service.worker.draining.is_set(): _start_worker(service)
     service.says = f"The server runs here, at {service.server.url}."
     if service.settings["TUNNEL"] == "none": return f"{service.says} It is not public (TUNNEL=none)."
     if service.tunnel is not None and service.tunnel.state in ("open", "opening", "reopening"): return f"Public at {service.tunnel.url}."
@@ -304,6 +333,7 @@ def _start_worker(service: Service) -> Worker:
 
 def executors_of(service: Service) -> list[Any]:
     "The executors, made once. Raises `InvalidSetting`."
+    if service.closed: raise InvalidSetting(CLOSED)
     if not service.executors:
         settings, own = service.settings, load_tools(service.settings["WORKER_LOAD"])
         service.executors = beside(executors_here(settings, service.arbiter.device, service.log, service.arbiter), own, service.log)
@@ -334,30 +364,41 @@ def drain(service: Service) -> str:
 def stop(service: Service, grace_s: float = 0) -> str:
     "Hand back the job under way, unless it ends within `grace_s` seconds, and stop worker, tunnel and server; models stay loaded. A sentence."
     with one_verb(service):
-        ran = service.worker is not None and service.worker.alive
-        if service.worker is not None: service.worker.stop(grace_s, 30)
-        if service.tunnel is not None: service.tunnel.close()
-        if service.server is not None: service.server.stop()
-        service.tunnel = service.server = None
-        service.says = ""
+        ran = (service.worker is not None and service.worker.alive) or service.server is not None
+        if not _stopped(service, grace_s): return "Stopping; the call under way does not end by itself, and its job was handed back."
         return "Stopped; the models stay loaded." if ran else "Nothing ran."
 
-def close(service: Service) -> None:
-    "Stop everything for good: also models, and a daemon that was started here. Again does nothing."
-    with service.lock:
-        if service.closed: return
-        try: stop(service)
-        finally:
-            service.closed = True
-            service.looker.stop()
-            release(service.executors or [])
-            service.executors = None
+def _stopped(service: Service, grace_s: float = 0) -> bool:
+    "Stop worker, tunnel and server, and be done with each before the next; whether the worker has ended."
+    ended = service.worker is None or service.worker.stop(grace_s, 30)
+    if service.worker is not None: service.worker.last_error = ""
+    if service.tunnel is not None: service.tunnel.close()
+    service.tunnel = None
+    if service.server is not None: service.server.stop()
+    service.server, service.says = None, ""
+    return ended
 
-def release(executors: list[Any]) -> None:
-    "Let go of what executors hold: models, memory, daemons."
-    for executor in executors:
-        for name in ("unload", "close"): getattr(executor, name, int)()
-        if hasattr(executor, "ollama"): executor.ollama.close()
+# %% ../nbs/17b_service.ipynb #a1e47794
+def close(service: Service) -> None:
+    "Stop everything for good: also models, and a daemon that was started here. Again it ends what an interrupt left."
+    with service.lock:
+        service.closed = True  # from now on no verb is taken
+        service.looker.stop()
+        _stopped(service)
+        executors, service.executors = service.executors or [], None
+        if not release(executors): service.log("[models] A model that is on its way is let go of as soon as it has come.")
+
+def release(executors: list[Any], patience_s: float = 5) -> bool:
+    "Let go of what executors hold: models, memory, daemons; whether that was done within `patience_s` seconds. A loading can't be cut short."
+    def let_go() -> None:
+        for executor in executors:
+            for holder, name in ((executor, "unload"), (executor, "close"), (getattr(executor, "ollama", None), "close")):
+                try: getattr(holder, name, int)()
+                except Exception: pass  # the others' memory is no less worth
+    thread = threading.Thread(target=let_go, name="colab-gpu-release", daemon=True)
+    thread.start()
+    thread.join(patience_s)
+    return not thread.is_alive()
 
 # %% ../nbs/17b_service.ipynb #09293d09
 def preload(service: Service, family: str, model: str) -> None:
@@ -367,18 +408,21 @@ def preload(service: Service, family: str, model: str) -> None:
         if family not in ("images", "chat"): raise InvalidSetting(f"There are models for images and for chat, not for {family!r}.", field="family")
         if not model or len(model) > 200 or not model.isprintable(): raise InvalidSetting("Choose a model, or type its name.", field="model")
         executor = executor_of(service, "imagenGenerate" if family == "images" else "ollamaChat")
-        if family == "images": find_model(model)
-        known = service.preloads.get((family, model))
+        shown = find_model(model).name if family == "images" else model
+        known = service.preloads.get((family, shown))
         if known is not None and known.state == "loading": return
-        one = service.preloads[family, model] = Preload(family, model)
+        one = service.preloads[family, shown] = Preload(family, shown, model)
         if family == "images": one.needs_bytes = round(known_model(find_model(model)).gib * 2**30) or None
         threading.Thread(target=_load, args=(service, one, executor), name="colab-gpu-preload", daemon=True).start()
+
+def _still_wanted(service: Service) -> None:
+    if service.closed: raise Interrupted("The service was stopped.")
 
 def _load(service: Service, one: Preload, executor: Any) -> None:
     try:
         if one.family == "images": load_images(one, executor)
-        else: load_chat(one, executor.ollama)
-        one.state, one.percent = "ready", 100
+        else: load_chat(one, executor.ollama, lambda: _still_wanted(service))
+        one.state, one.percent, one.ready_at = "ready", 100, time.monotonic()
     except Exception as e:
         one.state, one.percent = "failed", None
         one.says = scrub(e.message if isinstance(e, ColabGPUError) else f"{type(e).__name__}: {e}", secrets_of(service))
@@ -390,7 +434,7 @@ class Looker:
     "Keeps what is slow to find out: the accelerator's memory, which models are loaded, which are on disk."
     every_s, patience_s = 3.0, 10.0
     def __init__(self, service: Service) -> None:
-        self.service, self.asked_at = service, 0.0
+        self.service, self.asked_at, self.looked_at = service, 0.0, 0.0
         self.gpu: dict[str, Any] = {"accelerator": service.arbiter.device.name, "total_bytes": None, "free_bytes": None, "holders": {}, "turn": None}
         self.loaded: dict[str, list[str]] = {"images": [], "chat": []}
         self.choices: dict[str, list[str]] = {"images": image_choices(service.settings, ["demo"]), "chat": chat_choices(service.settings, [])}
@@ -421,7 +465,7 @@ class Looker:
 # %% ../nbs/17b_service.ipynb #7dfd11cf
 def look(looker: Looker) -> None:
     "Ask the accelerator and the executors how they stand."
-    service = looker.service
+    service, began = looker.service, time.monotonic()
     looker.gpu = service.arbiter.snapshot()
     for executor in service.executors or []:
         if executor.tool == "imagenGenerate":
@@ -430,6 +474,7 @@ def look(looker: Looker) -> None:
         elif executor.tool == "ollamaChat" and executor.ollama.daemon.alive:
             looker.loaded["chat"] = executor.ollama.models()
             looker.choices["chat"] = chat_choices(service.settings, [row["model"] for row in executor.ollama.rows("/api/tags")])
+    looker.looked_at = began
 
 def image_choices(settings: Mapping[str, Any], on_disk: list[str]) -> list[str]:
     "Image models to choose from: the settings' own, those on disk, those known."
@@ -449,7 +494,9 @@ def snapshot(service: Service) -> dict[str, Any]:
     worker, looker, tunnel = service.worker, service.looker, service.tunnel
     now = worker.snapshot() if worker is not None else {}
     told = worker is not None and (now["state"] in ("offline", "resting") or not worker.alive)
-    error = service.error or (now["lastError"] if told else "") or (tunnel.error.message if tunnel is not None and tunnel.error else "")
+    troubles = ("Our own queue server has ended: press Start." if server_died(service) else "", service.error, now["lastError"] if told else "",
+                tunnel.error.message if tunnel is not None and tunnel.error else "")
+    error = next(filter(None, troubles), "")
     return {"mode": service.mode, "state": service.state, "worker": str(service.settings["WORKER_ID"]),
             "server": {"url": service.address, "token": bool(service.settings["STACK_WORKER_TOKEN"] or service.server), "says": service.says},
             "public": None if tunnel is None else {name: tunnel.snapshot()[name] for name in ("state", "url", "kind", "error")},
@@ -458,10 +505,17 @@ def snapshot(service: Service) -> dict[str, Any]:
             "tools": now.get("tools", []), "counts": now.get("counts", {}), "requests": now.get("requests", 0),
             "requestsPerMonth": now.get("requestsPerMonth"), "error": error, "lines": list(service.lines)}
 
+def model_key(name: str) -> str:
+    "Names that mean the same model have the same key: Ollama's tag may be left out."
+    return name.lower().removesuffix(":latest")
+
 def model_rows(service: Service) -> list[dict[str, Any]]:
     "A row for each preload, and for each model that is loaded without one."
-    rows = [one.row() for one in list(service.preloads.values())]
-    for family, names in service.looker.loaded.items():
+    looker = service.looker
+    def gone(one: Preload) -> bool:  # loaded, and by now dropped for another
+        return one.state == "ready" and looker.looked_at > one.ready_at and model_key(one.name) not in map(model_key, looker.loaded[one.family])
+    rows = [one.row() for one in list(service.preloads.values()) if not gone(one)]
+    for family, names in looker.loaded.items():
         listed = {row["name"] for row in rows if row["family"] == family}
         rows += [{"family": family, "name": name, "state": "ready", "percent": 100, "says": f"{name} is loaded.", "needs_bytes": None}
                  for name in names if name not in listed]
@@ -494,6 +548,8 @@ def try_picture(service: Service, prompt: str, timeout_s: float = 600) -> tuple[
     "Draw one picture; the PNG, and a sentence on how. Raises `ColabGPUError`."
     executor = executor_of(service, "imagenGenerate")
     client = caller(service)
+    if client is not None and service.worker is not None and executor.tool not in service.worker.tools:
+        raise ExecutionError("This worker draws nothing: WORKER_TOOLS names other tools.")
     if client is None:
         drawing = executor.draw(prompt)
         return drawing.file, f"Drawn by {drawing.meta['model']} in {drawing.meta['duration_ms'] / 1000:.1f} s, here and not through the queue."
@@ -537,7 +593,20 @@ def in_words() -> Iterator[None]:
     except OSError as e: raise Halt(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}. Run this cell again when that is mended.") from None
 
 # %% ../nbs/17b_service.ipynb #75a2511f
-_NOW: list[Service] = []  # the service that the notebook's last run has made
+_NOW: list[Service] = []  # the service that the notebook's last run has made; after an interrupt perhaps its predecessor too
+_BEFORE: dict[str, str | None] = {}  # what ENV_OVERRIDES replaced in the environment
+
+def override(overrides: Mapping[str, Any]) -> None:
+    "Put the overrides into the environment, in place of those of an earlier run. Raises `InvalidSetting` for a name that is misspelt."
+    for name, value in _BEFORE.items():
+        if value is None: os.environ.pop(name, None)
+        else: os.environ[name] = value
+    _BEFORE.clear()
+    for name in overrides:
+        near = get_close_matches(name, SETTINGS, n=1, cutoff=0.9)
+        if name not in SETTINGS and near: raise InvalidSetting(f"ENV_OVERRIDES: there is no setting {name!r}; did you mean {near[0]}?", field=name)
+    _BEFORE.update({name: os.environ.get(name) for name in overrides})
+    apply_overrides(overrides)
 
 def open_service(mode: str = "worker", overrides: Mapping[str, Any] | None = None, say: Callable[[str], Any] | None = None, **given: Any) -> Service:
     """The notebook's service, in place of the one that an earlier run of the cell made. Call it on the main thread: it reads the notebook's secrets.
@@ -545,42 +614,59 @@ def open_service(mode: str = "worker", overrides: Mapping[str, Any] | None = Non
     mode: as for `Service`. overrides: the notebook's ENV_OVERRIDES; blank values keep what is there. given: settings by name, blank likewise.
     Raises `InvalidSetting`.
     """
-    apply_overrides(overrides or {})
-    wanted = ("STACK_WORKER_TOKEN", "NGROK_AUTHTOKEN", "HF_TOKEN", "GPU_CLIENT_TOKEN", "GPU_WORKER_TOKEN")
+    override(overrides or {})
+    wanted = ("STACK_WORKER_TOKEN", "NGROK_AUTHTOKEN", "HF_TOKEN", "GPU_CLIENT_TOKEN", "GPU_WORKER_TOKEN", "GPU_WEBHOOK_SECRET")
     lacking = [name for name in wanted if not os.environ.get(name)]
     secrets = colab_secrets(lacking) | kaggle_secrets(lacking)
     if secrets.get("HF_TOKEN"): os.environ.setdefault("HF_TOKEN", secrets["HF_TOKEN"])
     kept = {name: value for name, value in given.items() if value not in (None, "") and not (overrides or {}).get(name)}
-    settings = Settings(kept, secrets=secrets)
+    settings = at_home(Settings(kept, environ=dict(os.environ), secrets=secrets))
     for name in SETTINGS: settings[name]  # a wrong one is said now
-    if settings.source("IMAGEN_MODEL_ID")[1] == "default" and find_device().kind == "cpu":
-        settings = settings.but(IMAGEN_MODEL_ID="demo")  # any other takes minutes a picture without a GPU
     service = Service(settings, mode=mode, say=say)
-    if _NOW: take_over(service, _NOW.pop())
     _NOW.append(service)
+    for old in _NOW[:-1]: take_over(service, old)
+    _NOW[:] = [service]
     return service
 
-@atexit.register
-def _at_exit() -> None:
-    for service in _NOW: close(service)
+def at_home(settings: Settings) -> Settings:
+    "The settings with what suits this machine where nothing was said."
+    def unset(name: str) -> bool: return settings.source(name)[1] == "default"
+    # Any other model takes minutes a picture without a GPU. Kaggle publishes the working folder with the notebook, and tokens are in the data.
+    if unset("IMAGEN_MODEL_ID") and find_device().kind == "cpu": settings = settings.but(IMAGEN_MODEL_ID="demo")
+    if unset("COLAB_GPU_DATA") and platform() == "kaggle": settings = settings.but(COLAB_GPU_DATA="/tmp/colab-gpu-data")  # noqa: S108
+    return settings
 
 # %% ../nbs/17b_service.ipynb #3097c72a
 def take_over(service: Service, old: Service) -> None:
     "Stop the `old` service's worker, and go on with its models; with its server and tunnel too where both are `all in one` and set alike."
     with old.lock:
-        if old.closed: return
+        if old.closed: return close(old)
         if old.worker is not None: old.worker.stop(0, 30)
-        alike = [name for name in SETTINGS if SETTINGS[name].room in ("server", "broker", "tunnel")]
-        if service.mode == old.mode == "all in one" and all(service.settings[name] == old.settings[name] for name in alike):
+        for name in TYPED:
+            text, source = old.settings.source(name)
+            if source != "default" and service.settings.source(name)[1] == "default": service.settings = service.settings.but(**{name: text})
+        same = service.mode == old.mode == "all in one" and alike(service, old, ("server", "broker", "tunnel"), ("GPU_CLIENT_TOKEN",))
+        if same and old.server is not None and old.server.alive and (old.tunnel is None or old.tunnel.local == old.server.url):
             service.server, service.tunnel, old.server, old.tunnel = old.server, old.tunnel, None, None
-        for name in ("STACK_API_BASE", "STACK_WORKER_TOKEN", "NGROK_AUTHTOKEN"):  # what was typed into the panel
-            if service.settings.source(name)[1] == "default": service.settings = service.settings.but(**{name: old.settings.source(name)[0]})
-        models = [name for name in SETTINGS if SETTINGS[name].room in ("images", "chat")] + ["WORKER_LOAD"]
-        if old.executors and all(service.settings[name] == old.settings[name] for name in models):
-            service.executors, service.arbiter, old.executors = old.executors, old.arbiter, None
-            service.preloads |= {key: one for key, one in old.preloads.items() if one.state != "failed"}
+        if old.executors and alike(service, old, ("images", "chat"), ("WORKER_PROVIDER",)):
+            adopt(service, old)
         close(old)
 
+TYPED = ("STACK_API_BASE", "STACK_WORKER_TOKEN", "NGROK_AUTHTOKEN")  # into the panel
+
+def alike(one: Service, other: Service, rooms: tuple[str, ...], names: tuple[str, ...]) -> bool:
+    "Whether two services agree in the settings of `rooms`, and in `names`."
+    return all(one.settings[name] == other.settings[name] for name, row in SETTINGS.items() if row.room in rooms or name in names)
+
+def adopt(service: Service, old: Service) -> None:
+    "Take the `old` service's executors, with their models; tools of one's own are read anew, and chat is looked for again if it wasn't there."
+    ours = [e for e in old.executors or [] if e.tool in ("imagenGenerate", "ollamaChat", "ollamaEmbed")]
+    service.arbiter, old.executors = old.arbiter, None
+    if not any(e.tool == "ollamaChat" for e in ours): ours += chat_executors(service.settings, service.arbiter, service.log)
+    service.executors = beside(ours, load_tools(service.settings["WORKER_LOAD"]), service.log)
+    service.preloads |= {key: one for key, one in old.preloads.items() if one.state != "failed"}
+
+# %% ../nbs/17b_service.ipynb #84512955
 def begin(service: Service, preload: bool = True) -> str:
     "Start, and begin to load the models of the settings; a sentence, also when it did not work."
     try: said = service.start()
@@ -597,6 +683,10 @@ def tried(verb: Callable[..., tuple[Any, str]], *words: Any) -> tuple[Any, str]:
     try: return verb(*words)
     except ColabGPUError as e: return None, e.message
     except KeyboardInterrupt: return None, "Stopped. Run this cell again to go on."
+
+@atexit.register
+def _at_exit() -> None:
+    for service in _NOW: close(service)
 
 # %% ../nbs/17b_service.ipynb #f1daa2bb
 def keep_models_on(folder: str | Path, environ: Any = None) -> str:

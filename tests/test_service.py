@@ -20,7 +20,8 @@ from colab_gpu.errors import AccessDenied, ColabGPUError, InvalidSetting, Missin
 from colab_gpu.service import Halt, Service, begin, in_words, open_service, take_over, tried
 
 ROOT = Path(__file__).resolve().parent.parent
-QUIET = {"START_OLLAMA": 0, "OLLAMA_URL": "http://127.0.0.1:9", "IMAGEN_MODEL_ID": "demo", "WORKER_GUARD": 0, "WORKER_WAIT_SECONDS": 1, "WORKER_ID": "attic"}
+QUIET = {"START_OLLAMA": 0, "OLLAMA_URL": "http://127.0.0.1:9", "IMAGEN_MODEL_ID": "demo", "WORKER_GUARD": 0, "WORKER_WAIT_SECONDS": 1, "WORKER_ID": "attic", "IMAGEN_STEPS": 5}
+pytestmark = pytest.mark.usefixtures("one_thread")
 THREADS = ("worker-", "colab-gpu", "tunnel-")
 
 
@@ -139,7 +140,7 @@ def test_a_rerun_takes_over(opened, tmp_path):
     server, executors, worker = old.server, old.executors, old.worker
     new = opened("all in one", COLAB_GPU_DATA=tmp_path / "data", TUNNEL="none")
     take_over(new, old)
-    assert old.closed and not worker.alive and new.server is server and server.alive and new.executors is executors
+    assert old.closed and not worker.alive and new.server is server and server.alive and new.executors[0] is executors[0]
     with pytest.raises(InvalidSetting, match="replaced by a newer one"): old.start()
     new.start()
     assert new.server is server and executors[0].models() == ["demo"]
@@ -208,3 +209,106 @@ def test_a_cell_ends_with_a_sentence():
         with pytest.raises(Halt) as e, in_words(): raise error
         assert e.value._render_traceback_() == [sentence]
     with pytest.raises(ZeroDivisionError), in_words(): _ = 1 / 0
+
+
+class Interrupting:
+    """A worker's `stop` that is interrupted once."""
+
+    def __init__(self, worker): self.worker, self.stop, self.times = worker, worker.stop, 0
+
+    def __call__(self, *words):
+        self.times += 1
+        if self.times == 1: raise KeyboardInterrupt
+        return self.stop(*words)
+
+
+def test_an_interrupted_rerun_is_mended_by_the_next(opened, tmp_path, monkeypatch):
+    given = {**QUIET, "COLAB_GPU_DATA": tmp_path / "data", "TUNNEL": "none"}
+    one = open_service("all in one", {}, **given)
+    one.start()
+    monkeypatch.setattr(one.worker, "stop", Interrupting(one.worker))
+    with pytest.raises(KeyboardInterrupt): open_service("all in one", {}, **given)
+    assert one.worker.alive and one in room._NOW
+    two = open_service("all in one", {}, **given)
+    assert [two] == room._NOW and one.closed and not one.worker.alive and two.server.alive
+    assert two.start().endswith("It is not public (TUNNEL=none).") and two.worker.alive
+    monkeypatch.setattr(two.worker, "stop", Interrupting(two.worker))
+    with pytest.raises(KeyboardInterrupt): two.close()
+    assert two.worker.alive
+    two.close()
+    assert not two.worker.alive and two.server is None
+
+
+def test_an_interrupted_start_leaves_no_server(opened, tmp_path, monkeypatch):
+    service = opened("all in one", COLAB_GPU_DATA=tmp_path / "data", TUNNEL="none")
+    started = []
+
+    def interrupted(server, deadline):
+        started.append(server.process)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "_await_server", interrupted)
+        with pytest.raises(KeyboardInterrupt): service.start()
+    assert started[0].poll() is not None, "the server that was just started has ended"
+    assert service.start().endswith("It is not public (TUNNEL=none).")
+
+
+def test_a_server_that_dies_is_started_anew(opened, tmp_path):
+    service = opened("all in one", COLAB_GPU_DATA=tmp_path / "data", TUNNEL="none")
+    service.start()
+    token, before = service.client_token(), service.server.url
+    os.killpg(service.server.process.pid, signal.SIGKILL)
+    eventually(lambda: not service.server.alive, "its death")
+    assert service.snapshot()["state"] == "stopped" and "press Start" in service.snapshot()["error"]
+    service.start()
+    assert service.snapshot()["error"] == "" and service.server.url != before and service.worker.asking.base == service.server.url
+    assert Client(service.server.url, token).submit("imagenGenerate", {"prompt": "a red circle"}).wait(120).status == "completed"
+
+
+def test_a_rerun_sees_what_has_changed(opened, tmp_path, monkeypatch):
+    monkeypatch.delenv("POLL_INTERVAL", raising=False)
+    given = {**QUIET, "COLAB_GPU_DATA": tmp_path / "data", "TUNNEL": "none"}
+    one = open_service("all in one", {"GPU_MAX_PENDING_JOBS": 5}, **given)
+    one.start()
+    server = one.server
+    two = open_service("all in one", {"GPU_MAX_PENDING_JOBS": 7}, **given)
+    assert not server.alive and two.server is None and two.settings["GPU_MAX_PENDING_JOBS"] == 7
+    with pytest.raises(InvalidSetting, match="POLL_INTERVAL must"): open_service("worker", {"POLL_INTERVAL": "x"}, **QUIET)
+    with pytest.raises(InvalidSetting, match="did you mean POLL_INTERVAL"): open_service("worker", {"POLL_INTERVALL": 2}, **QUIET)
+    assert open_service("worker", {"POLL_INTERVAL": ""}, **QUIET).settings["POLL_INTERVAL"] == 5
+    assert "GPU_MAX_PENDING_JOBS" not in os.environ and "POLL_INTERVAL" not in os.environ
+
+
+def test_what_is_typed_as_an_address_is_not_repeated(opened):
+    service = opened()
+    for typed in ("http://me:hunter2@x.example", "hunter2-was-a-token"):
+        with pytest.raises(InvalidSetting) as e: service.connect(typed)
+        assert "hunter2" not in e.value.message + repr(service.snapshot())
+
+
+def test_a_closed_service_stays_closed(opened, tmp_path):
+    service = opened(COLAB_GPU_DATA=tmp_path)
+    service.close()
+    for verb in (service.start, lambda: service.try_picture("a star"), lambda: service.preload("images", "demo")):
+        with pytest.raises(InvalidSetting, match="run the start cell again"): verb()
+    assert service.executors is None
+
+
+def test_a_torch_that_is_being_imported_is_left_alone(monkeypatch):
+    from types import ModuleType
+
+    from colab_gpu.gpu import Cuda
+    from colab_gpu.pipelines import free_memory
+
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    free_memory()
+    assert Cuda("a card", "no-such-program").memory() == (None, None)
+
+
+def test_kaggle_is_not_colab(opened, monkeypatch):
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.delenv("COLAB_GPU_DATA", raising=False)
+    service = open_service("all in one", {}, **QUIET)
+    assert service.where == "kaggle" and not str(service.settings["COLAB_GPU_DATA"]).startswith("colab-gpu-data"), "what lies in the working folder is published"
