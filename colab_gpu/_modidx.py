@@ -1296,6 +1296,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'colab_gpu.service.override': ('service.html#override', 'colab_gpu/service.py'),
                                    'colab_gpu.service.platform': ('service.html#platform', 'colab_gpu/service.py'),
                                    'colab_gpu.service.preload': ('service.html#preload', 'colab_gpu/service.py'),
+                                   'colab_gpu.service.queued': ('service.html#queued', 'colab_gpu/service.py'),
                                    'colab_gpu.service.reachable_address': ('service.html#reachable_address', 'colab_gpu/service.py'),
                                    'colab_gpu.service.release': ('service.html#release', 'colab_gpu/service.py'),
                                    'colab_gpu.service.secrets_of': ('service.html#secrets_of', 'colab_gpu/service.py'),

@@ -29,8 +29,9 @@ __all__ = ['MODES', 'CLOSED', 'TYPED', 'DRIVE', 'platform', 'reachable_address',
            'load_images', 'load_chat', 'Service', 'state_of', 'server_died', 'address_of', 'secrets_of', 'one_verb',
            'connect', 'use_ngrok_token', 'start', 'executors_of', 'executor_of', 'drain', 'stop', 'close', 'release',
            'preload', 'Looker', 'look', 'image_choices', 'chat_choices', 'snapshot', 'model_key', 'model_rows',
-           'client_token', 'snippet', 'try_picture', 'try_chat', 'loaded', 'caller', 'Halt', 'in_words', 'override',
-           'open_service', 'at_home', 'take_over', 'alike', 'adopt', 'begin', 'tried', 'keep_models_on', 'use_drive']
+           'client_token', 'snippet', 'try_picture', 'try_chat', 'queued', 'loaded', 'caller', 'Halt', 'in_words',
+           'override', 'open_service', 'at_home', 'take_over', 'alike', 'adopt', 'begin', 'tried', 'keep_models_on',
+           'use_drive']
 
 # %% ../nbs/17b_service.ipynb #74007ffe
 MODES = ("worker", "all in one")
@@ -547,25 +548,32 @@ print(job["status"], list(job.get("result") or {{}}) or job.get("detail"))
 def try_picture(service: Service, prompt: str, timeout_s: float = 600) -> tuple[bytes, str]:
     "Draw one picture; the PNG, and a sentence on how. Raises `ColabGPUError`."
     executor = executor_of(service, "imagenGenerate")
-    client = caller(service)
-    if client is not None and service.worker is not None and executor.tool not in service.worker.tools:
-        raise ExecutionError("This worker draws nothing: WORKER_TOOLS names other tools.")
-    if client is None:
+    job = queued(service, executor.tool, {"prompt": prompt}, timeout_s)
+    if job is None:
         drawing = executor.draw(prompt)
         return drawing.file, f"Drawn by {drawing.meta['model']} in {drawing.meta['duration_ms'] / 1000:.1f} s, here and not through the queue."
-    job = client.submit("imagenGenerate", {"prompt": prompt}).wait(timeout_s)
-    if job.status != "completed" or job.png is None:
-        raise ExecutionError(job.detail or f"The job is {job.status}: {job.data.get('waitingFor') or 'nobody took it yet'}.")
+    if job.png is None: raise ExecutionError("The job came back without a picture.")
     return job.png, f"Drawn through the queue by {job.result['model']} in {job.result['duration_ms'] / 1000:.1f} s."
 
-def try_chat(service: Service, prompt: str) -> tuple[str, str]:
+def try_chat(service: Service, prompt: str, timeout_s: float = 600) -> tuple[str, str]:
     "Ask one question; the answer, and a sentence on how. Raises `ColabGPUError`."
     models = service.settings["OLLAMA_PRELOAD_MODELS"]
     if not models: raise ExecutionError("No chat model was chosen: fill in OLLAMA_PRELOAD_MODELS (llama3:8b, say), and run the cells again.")
     executor = executor_of(service, "ollamaChat")
     loaded(service, "chat", models[0])
-    reply = executor.ask(prompt, model=models[0])
-    return str(reply.get("response") or ""), f"Answered by {reply.get('model')}, here and not through the queue."
+    job = queued(service, executor.tool, {"prompt": prompt, "model": models[0]}, timeout_s)
+    reply, way = (executor.ask(prompt, model=models[0]), "here and not through the queue") if job is None else (job.result, "through the queue")
+    return str(reply.get("response") or ""), f"Answered by {reply.get('model')}, {way}."
+
+def queued(service: Service, tool: str, payload: dict[str, Any], timeout_s: float) -> Any:
+    "The job, completed; `None` where this notebook may not call the queue. Raises `ColabGPUError`, also for a job that did not complete."
+    client = caller(service)
+    if client is None or service.worker is None: return None
+    if tool not in service.worker.tools: raise ExecutionError(f"This worker does not serve {tool}: WORKER_TOOLS names other tools.")
+    try: job = client.submit(tool, payload).wait(timeout_s)
+    except (MissingToken, AccessDenied): return None
+    if job.status == "completed": return job
+    raise ExecutionError(job.detail or f"The job is {job.status}: {job.data.get('waitingFor') or 'nobody took it yet'}.")
 
 def loaded(service: Service, family: str, model: str) -> None:
     "Wait for a preload that is under way. Raises `ExecutionError` if it has failed."

@@ -186,6 +186,10 @@ def test_chat_models_are_pulled_and_loaded(opened, stand_in, remote):
     assert row["state"] == "ready", row
     answer, said = tried(service.try_chat, "Why is the sky blue?")
     assert answer and said == "Answered by llama3:8b, here and not through the queue."
+    service.start()
+    assert tried(service.try_chat, "Why is the sky blue?")[1] == "Answered by llama3:8b, here and not through the queue.", "a worker's token is no caller's"
+    service.settings = service.settings.but(GPU_CLIENT_TOKEN="caller-token-for-tests")
+    assert tried(service.try_chat, "Why is the sky blue?")[1] == "Answered by llama3:8b, through the queue."
     service.preload("chat", "no/such:model")
     row = eventually(lambda: next((m for m in service.snapshot()["models"] if m["name"] == "no/such:model" and m["state"] == "failed"), None), "its failure")
     assert "no/such:model" in row["says"], row
