@@ -34,6 +34,7 @@ service = open_service()
 show(service);"""
 PROMPT = "a <b>red</b> house by the sea"
 PRETTY = bool(os.environ.get("SCREENSHOTS"))
+SIDE = 512 if PRETTY else 384
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def remote(tmp_path):
 def settings(remote, tmp_path):
     """The environment of a kernel whose notebook works for the server."""
     return {"STACK_API_BASE": remote.url, "WORKER_ID": "attic", "IMAGEN_MODEL_ID": "demo", "START_OLLAMA": 0, "OLLAMA_URL": "http://127.0.0.1:9", "WORKER_GUARD": 0,
-            "WORKER_WAIT_SECONDS": 1, "COLAB_GPU_DATA": tmp_path / "data", "OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT, "PIP_NO_INDEX": 1}
+            "WORKER_WAIT_SECONDS": 1, "COLAB_GPU_DATA": tmp_path / "data", "OMP_NUM_THREADS": 1, "PYTHONPATH": ROOT, "PIP_NO_INDEX": 1, **({} if PRETTY else {"IMAGEN_STEPS": 8})}
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_the_panel_from_connect_to_stop(stage, remote, tmp_path):
         see("Waiting for jobs")
         before = [client.submit("imagenGenerate", {"prompt": prompt, "seed": 7}) for prompt in ("a blue boat at night", "a green hill under a yellow sky") if PRETTY]
         for job in before: assert job.wait(200).status == "completed"
-        job = client.submit("imagenGenerate", {"prompt": PROMPT if not PRETTY else "a red house by the sea", "seed": 3, "num_inference_steps": 50, "width": 512, "height": 512})
+        job = client.submit("imagenGenerate", {"prompt": PROMPT if not PRETTY else "a red house by the sea", "seed": 3, "num_inference_steps": 50, "width": SIDE, "height": SIDE})
         see("At work")
         if not PRETTY: see(PROMPT, whole=False)
         pictures = page.locator("img.widget-image").locator("visible=true")
