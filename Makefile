@@ -36,6 +36,7 @@ bench:  ## measure (needs wrk)
 	@$(RUN) benchmarks/bench_worker.py
 	@$(RUN) benchmarks/bench_idle.py
 	@$(RUN) benchmarks/bench_notebook.py
+	@$(RUN) benchmarks/bench_panel.py
 
 soak:   ## ten minutes of killed workers, killed servers and broken connections, then a count of what was lost
 	@$(SETUP) images chat dev

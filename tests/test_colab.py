@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -113,6 +114,7 @@ def test_one_file_installs_itself_connects_draws_and_stops(opened, single_file, 
     assert len(shown) == 8 and not any(cell.halted for cell in shown), shown[-1]
     assert "This is not Colab" in str(shown[TERMS])
     assert "diffusers 0.39.0" in str(shown[MACHINE]) and "ipywidgets 7.7.1" in str(shown[MACHINE])
+    assert ("No GPU here: the demo model draws without one" in str(shown[MACHINE])) == (shutil.which("nvidia-smi") is None)
     assert "from this notebook" in str(shown[INSTALL]) and "ollama" in str(shown[INSTALL])
     assert f"attic polls {remote.url} for imagenGenerate" in str(shown[START]) and shown[START].widgets
     assert base64.b64decode(shown[TRY].pictures[0]).startswith(b"\x89PNG") and "Drawn through the queue by demo" in str(shown[TRY])
