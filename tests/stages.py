@@ -169,7 +169,7 @@ class Notebook:
         (specs / "stage" / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "stage", "language": "python"}))
         manager = AsyncKernelManager(kernel_name="stage", kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(specs)], ensure_native_kernel=False))
         self.runner = NotebookClient(self.content, km=manager, timeout=self.timeout_s, allow_errors=True, resources={"metadata": {"path": str(self.folder)}})
-        self.kernel = self.runner.setup_kernel(env=self.env)
+        self.kernel = self.runner.setup_kernel(env=self.env, cleanup_kc=True)  # the manager is ours, so is its end
         self.kernel.__enter__()
         return self
 

@@ -74,7 +74,10 @@ def opened(base, with_package, tmp_path):
         return kernels[-1]
 
     yield open_one
-    for kernel in kernels: kernel.__exit__()
+    for kernel in kernels:
+        pid = kernel.pid
+        kernel.__exit__()
+        assert not psutil.pid_exists(pid), "its kernel has ended"
 
 
 @pytest.fixture
