@@ -13,8 +13,8 @@ from .errors import InvalidInput
 from .jobs import ImagenDefaults
 
 # %% auto #0
-__all__ = ['RENAMED', 'HUB_ID', 'KNOWN', 'FAMILIES', 'ModelSource', 'find_model', 'owner_model', 'caller_model', 'model_cache',
-           'models_on_disk', 'KnownModel', 'known_model', 'image_defaults']
+__all__ = ['RENAMED', 'HUB_ID', 'KNOWN', 'FAMILIES', 'ModelSource', 'find_model', 'has_demo', 'owner_model', 'caller_model',
+           'model_cache', 'models_on_disk', 'KnownModel', 'known_model', 'image_defaults']
 
 # %% ../nbs/13b_models.ipynb #ca34080d
 RENAMED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
@@ -42,9 +42,15 @@ def find_model(model_id: str) -> ModelSource:
     return ModelSource(model_id, model_id, False)
 
 def _demo() -> ModelSource:
-    bundled = Path(str(importlib.resources.files("colab_gpu"))) / "demo_model"
-    if (bundled / "model_index.json").is_file(): return ModelSource("demo", str(bundled), True)
-    raise InvalidInput("The demo model is missing from this installation of colab-gpu: install it again.", field="model")
+    if has_demo(): return ModelSource("demo", str(_BUNDLED), True)
+    raise InvalidInput("The demo model is not in this installation of colab-gpu (a notebook written with --no-demo-model lacks it): name another "
+                       "model, IMAGEN_MODEL_ID.", field="model")
+
+_BUNDLED = Path(str(importlib.resources.files("colab_gpu"))) / "demo_model"
+
+def has_demo() -> bool:
+    "Whether the demo model is in this installation."
+    return (_BUNDLED / "model_index.json").is_file()
 
 # %% ../nbs/13b_models.ipynb #d8f674e2
 def owner_model(asked: str | None, own: str) -> ModelSource:
@@ -69,7 +75,7 @@ def models_on_disk(cache: str | Path | None = None) -> list[str]:
     "The image models on this disk: `demo`, and those whole in the Hub client's `cache`; `None`: `model_cache()`."
     whole = Path(cache or model_cache()).glob("models--*/snapshots/*/model_index.json")
     found = {path.parts[-4][len("models--"):].replace("--", "/") for path in whole}
-    return ["demo", *sorted(found)]
+    return [*(["demo"] if has_demo() else []), *sorted(found)]
 
 # %% ../nbs/13b_models.ipynb #969afd92
 @dataclass(frozen=True)

@@ -572,7 +572,8 @@ def refresh(panel: Panel) -> None:
     "Paint how the service stands now: the traits that differ from what is painted, no others. Never raises."
     with panel._lock:
         if panel.closed: return
-        if getattr(panel.service, "closed", False): return panel.close("The service of this panel has ended; a newer panel shows the new one.")
+        if getattr(panel.service, "closed", False):
+            return panel.close("Stopped for good, or replaced by a newer panel. To go on, run the start cell again.")
         try: _paint(panel, panel.service.snapshot())
         except Exception as e: put(panel.trouble, value=banner(panel.doer.bug(e), "bad"))
 

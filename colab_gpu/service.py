@@ -18,18 +18,18 @@ from .daemon import end_process, is_loopback, last_line
 from .errors import (AccessDenied, ColabGPUError, ConnectionFailed, ExecutionError, Interrupted, InvalidSetting, MissingToken, NotFound, Transient)
 from .executors import NEEDS_CHAT, NEEDS_IMAGES, chat_executors, executors_here
 from .gpu import Arbiter, accelerator_info, find_device, installed_versions
-from .models import KNOWN, find_model, known_model, models_on_disk
+from .models import KNOWN, find_model, has_demo, known_model, models_on_disk
 from .runs import scrub
 from .tools import beside, load_tools
 from .tunnel import MINDED, Tunnel, open_tunnel, public_tokens
 from .worker import Worker
 
 # %% auto #0
-__all__ = ['MODES', 'CLOSED', 'TYPED', 'DRIVE', 'platform', 'reachable_address', 'try_server', 'ServerProcess', 'Preload',
-           'load_images', 'load_chat', 'Service', 'state_of', 'server_died', 'address_of', 'secrets_of', 'one_verb',
-           'connect', 'use_ngrok_token', 'start', 'executors_of', 'executor_of', 'drain', 'stop', 'close', 'release',
-           'preload', 'Looker', 'look', 'image_choices', 'chat_choices', 'snapshot', 'model_key', 'model_rows',
-           'client_token', 'snippet', 'try_picture', 'try_chat', 'queued', 'loaded', 'caller', 'Halt', 'in_words',
+__all__ = ['MODES', 'CLOSED', 'DRIVE', 'platform', 'reachable_address', 'try_server', 'ServerProcess', 'Preload', 'load_images',
+           'load_chat', 'Service', 'state_of', 'server_died', 'address_of', 'secrets_of', 'one_verb', 'connect',
+           'use_ngrok_token', 'start', 'executors_of', 'executor_of', 'drain', 'stop', 'close', 'release', 'preload',
+           'Looker', 'look', 'image_choices', 'chat_choices', 'snapshot', 'model_key', 'model_rows', 'client_token',
+           'snippet', 'try_picture', 'try_chat', 'not_queued', 'queued', 'loaded', 'caller', 'Halt', 'in_words',
            'override', 'open_service', 'at_home', 'take_over', 'alike', 'adopt', 'begin', 'tried', 'keep_models_on',
            'use_drive']
 
@@ -197,6 +197,7 @@ class Service:
         self.tunnel: Tunnel | None = None
         self.preloads: dict[tuple[str, str], Preload] = {}
         self.says, self.error, self.starting, self.closed = "", "", False, False
+        self.typed: dict[str, str] = {}  # into the panel, by name
         self.lock, self.looker = threading.RLock(), Looker(self)
 
     def __repr__(self) -> str: return f"Service({self.mode}, {self.state})"
@@ -267,10 +268,12 @@ def connect(service: Service, address: str = "", token: str = "") -> str:
             raise InvalidSetting("In the mode `all in one` the server is here: there is nothing to connect to.", field="STACK_API_BASE")
         try: address = base_url(address) if address.strip() else ""
         except ValueError as e: raise InvalidSetting(f"STACK_API_BASE {e}.", field="STACK_API_BASE") from None  # what was typed may be a secret
-        settings = service.settings.but(STACK_API_BASE=address.strip(), STACK_WORKER_TOKEN=token.strip())
+        typed = {"STACK_API_BASE": address.strip(), "STACK_WORKER_TOKEN": token.strip()}
+        settings = service.settings.but(**typed)
         reachable_address(settings["STACK_API_BASE"], service.where)
         changed = bool(token.strip()) or settings["STACK_API_BASE"] != service.settings["STACK_API_BASE"]
         service.settings, service.says = settings, ""
+        service.typed |= {name: text for name, text in typed.items() if text}
         service.says = try_server(settings)
         if service.worker is not None: service.worker.last_error = ""
         if changed and service.worker is not None and service.worker.alive: _start_worker(service)
@@ -280,6 +283,7 @@ def use_ngrok_token(service: Service, token: str) -> str:
     "Take ngrok's token, and open the tunnel if the server runs without one; a sentence. Raises `ColabGPUError`."
     with one_verb(service):
         service.settings = service.settings.but(NGROK_AUTHTOKEN=token.strip())
+        service.typed["NGROK_AUTHTOKEN"] = token.strip()
         if service.server is None or not service.server.alive: return "The token is kept for the start."
         return _open_tunnel(service)
 
@@ -530,15 +534,16 @@ def client_token(service: Service) -> str:
 def snippet(service: Service) -> str:
     "See `Service.snippet`."
     base = service.tunnel.url if service.tunnel is not None and service.tunnel.url else service.address
-    return f'''# Python: pip install requests
-import os, requests
+    return f'''# Python: pip install requests; export GPU_CLIENT_TOKEN=… (the callers' token)
+import base64, os, requests
 base, token = "{base}", os.environ["GPU_CLIENT_TOKEN"]
 headers = {{"Authorization": f"Bearer {{token}}", "ngrok-skip-browser-warning": "1"}}
 job = requests.post(f"{{base}}/gpu-jobs", headers=headers, timeout=60,
                     json={{"tool": "imagenGenerate", "payload": {{"prompt": "a house by the sea at sunset"}}}}).json()["job"]
 while job["status"] in ("queued", "leased"):
     job = requests.get(f"{{base}}/gpu-jobs/{{job['id']}}?wait=50", headers=headers, timeout=70).json()["job"]
-print(job["status"], list(job.get("result") or {{}}) or job.get("detail"))
+if job["status"] != "completed": raise SystemExit(job.get("detail"))
+with open("out.png", "wb") as file: file.write(base64.b64decode(job["result"]["image_base64"].partition(",")[2]))
 
 # or the command line:
 # export STACK_API_BASE={base} GPU_CLIENT_TOKEN=…
@@ -551,19 +556,25 @@ def try_picture(service: Service, prompt: str, timeout_s: float = 600) -> tuple[
     job = queued(service, executor.tool, {"prompt": prompt}, timeout_s)
     if job is None:
         drawing = executor.draw(prompt)
-        return drawing.file, f"Drawn by {drawing.meta['model']} in {drawing.meta['duration_ms'] / 1000:.1f} s, here and not through the queue."
+        return drawing.file, f"Drawn by {drawing.meta['model']} in {drawing.meta['duration_ms'] / 1000:.1f} s, {not_queued(service)}."
     if job.png is None: raise ExecutionError("The job came back without a picture.")
     return job.png, f"Drawn through the queue by {job.result['model']} in {job.result['duration_ms'] / 1000:.1f} s."
 
 def try_chat(service: Service, prompt: str, timeout_s: float = 600) -> tuple[str, str]:
     "Ask one question; the answer, and a sentence on how. Raises `ColabGPUError`."
     models = service.settings["OLLAMA_PRELOAD_MODELS"]
-    if not models: raise ExecutionError("No chat model was chosen: fill in OLLAMA_PRELOAD_MODELS (llama3:8b, say), and run the cells again.")
+    if not models: raise ExecutionError("Chat was not asked for: OLLAMA_PRELOAD_MODELS (cell 2) names models for it, such as llama3:8b.")
     executor = executor_of(service, "ollamaChat")
     loaded(service, "chat", models[0])
     job = queued(service, executor.tool, {"prompt": prompt, "model": models[0]}, timeout_s)
-    reply, way = (executor.ask(prompt, model=models[0]), "here and not through the queue") if job is None else (job.result, "through the queue")
+    reply, way = (executor.ask(prompt, model=models[0]), not_queued(service)) if job is None else (job.result, "through the queue")
     return str(reply.get("response") or ""), f"Answered by {reply.get('model')}, {way}."
+
+def not_queued(service: Service) -> str:
+    "How something was done for which the queue was not asked, and why."
+    known = {"stopped": "no worker runs", "offline": "the server does not answer"}
+    why = known.get(service.state, "this notebook has no callers' token, GPU_CLIENT_TOKEN")
+    return f"here and not through the queue ({why})"
 
 def queued(service: Service, tool: str, payload: dict[str, Any], timeout_s: float) -> Any:
     "The job, completed; `None` where this notebook may not call the queue. Raises `ColabGPUError`, also for a job that did not complete."
@@ -640,7 +651,7 @@ def at_home(settings: Settings) -> Settings:
     "The settings with what suits this machine where nothing was said."
     def unset(name: str) -> bool: return settings.source(name)[1] == "default"
     # Any other model takes minutes a picture without a GPU. Kaggle publishes the working folder with the notebook, and tokens are in the data.
-    if unset("IMAGEN_MODEL_ID") and find_device().kind == "cpu": settings = settings.but(IMAGEN_MODEL_ID="demo")
+    if unset("IMAGEN_MODEL_ID") and find_device().kind == "cpu" and has_demo(): settings = settings.but(IMAGEN_MODEL_ID="demo")
     if unset("COLAB_GPU_DATA") and platform() == "kaggle": settings = settings.but(COLAB_GPU_DATA="/tmp/colab-gpu-data")  # noqa: S108
     return settings
 
@@ -650,17 +661,15 @@ def take_over(service: Service, old: Service) -> None:
     with old.lock:
         if old.closed: return close(old)
         if old.worker is not None: old.worker.stop(0, 30)
-        for name in TYPED:
-            text, source = old.settings.source(name)
-            if source != "default" and service.settings.source(name)[1] == "default": service.settings = service.settings.but(**{name: text})
+        for name, text in old.typed.items():
+            if service.settings.source(name)[1] != "default": continue
+            service.settings, service.typed[name] = service.settings.but(**{name: text}), text
         same = service.mode == old.mode == "all in one" and alike(service, old, ("server", "broker", "tunnel"), ("GPU_CLIENT_TOKEN",))
         if same and old.server is not None and old.server.alive and (old.tunnel is None or old.tunnel.local == old.server.url):
             service.server, service.tunnel, old.server, old.tunnel = old.server, old.tunnel, None, None
         if old.executors and alike(service, old, ("images", "chat"), ("WORKER_PROVIDER",)):
             adopt(service, old)
         close(old)
-
-TYPED = ("STACK_API_BASE", "STACK_WORKER_TOKEN", "NGROK_AUTHTOKEN")  # into the panel
 
 def alike(one: Service, other: Service, rooms: tuple[str, ...], names: tuple[str, ...]) -> bool:
     "Whether two services agree in the settings of `rooms`, and in `names`."

@@ -185,9 +185,9 @@ def test_chat_models_are_pulled_and_loaded(opened, stand_in, remote):
     row = eventually(lambda: next((m for m in service.snapshot()["models"] if m["family"] == "chat" and m["state"] != "loading"), None), "the preload's end")
     assert row["state"] == "ready", row
     answer, said = tried(service.try_chat, "Why is the sky blue?")
-    assert answer and said == "Answered by llama3:8b, here and not through the queue."
+    assert answer and "here and not through the queue (no worker runs)" in said
     service.start()
-    assert tried(service.try_chat, "Why is the sky blue?")[1] == "Answered by llama3:8b, here and not through the queue.", "a worker's token is no caller's"
+    assert tried(service.try_chat, "Why is the sky blue?")[1].endswith("here and not through the queue (this notebook has no callers' token, GPU_CLIENT_TOKEN)."), "a worker's token is no caller's"
     service.settings = service.settings.but(GPU_CLIENT_TOKEN="caller-token-for-tests")
     assert tried(service.try_chat, "Why is the sky blue?")[1] == "Answered by llama3:8b, through the queue."
     service.preload("chat", "no/such:model")
