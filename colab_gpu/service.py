@@ -195,9 +195,8 @@ class Service:
         self.worker: Worker | None = None
         self.server: ServerProcess | None = None
         self.tunnel: Tunnel | None = None
-        self.preloads: dict[tuple[str, str], Preload] = {}
+        self.preloads, self.typed = dict[tuple[str, str], Preload](), dict[str, str]()  # typed: into the panel, by name
         self.says, self.error, self.starting, self.closed = "", "", False, False
-        self.typed: dict[str, str] = {}  # into the panel, by name
         self.lock, self.looker = threading.RLock(), Looker(self)
 
     def __repr__(self) -> str: return f"Service({self.mode}, {self.state})"
@@ -570,6 +569,7 @@ def try_chat(service: Service, prompt: str, timeout_s: float = 600) -> tuple[str
     reply, way = (executor.ask(prompt, model=models[0]), not_queued(service)) if job is None else (job.result, "through the queue")
     return str(reply.get("response") or ""), f"Answered by {reply.get('model')}, {way}."
 
+# %% ../nbs/17b_service.ipynb #6d958dc4
 def not_queued(service: Service) -> str:
     "How something was done for which the queue was not asked, and why."
     known = {"stopped": "no worker runs", "offline": "the server does not answer"}
