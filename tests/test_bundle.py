@@ -63,7 +63,7 @@ def carried(made):
 
 
 def address_in(made):
-    [line] = [line for line in text_of(cell_with(made, "STACK_API_BASE")).splitlines() if line.startswith("STACK_API_BASE")]
+    [line] = [line for line in text_of(cell_with(made, "STACK_API_BASE")).splitlines() if line.startswith('STACK_API_BASE = "')]
     return ast.literal_eval(line.partition("=")[2].partition("#@param")[0].strip())
 
 
