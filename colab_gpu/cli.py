@@ -13,7 +13,7 @@ from . import __version__
 from .client import Chat, Client, Event, RemoteJob
 from .config import SETTINGS, Settings
 from .executors import NEEDS_CHAT, NEEDS_IMAGES, executors_here, preload_chat, worker_executors
-from .gpu import accelerator_info, find_device, installed_versions
+from .gpu import find_device, machine_info
 from .errors import ColabGPUError, ConnectionFailed, ExecutionError, InvalidPayload, InvalidSetting
 from .jobs import ImagenRequest
 
@@ -318,9 +318,8 @@ def cmd_worker(args: argparse.Namespace) -> int:
     from colab_gpu.worker import Worker, run_until_interrupted
     settings = _settings(args, WORKER_TOOLS=args.tools, WORKER_ID=args.id, WORKER_MAX_BATCH=args.max_batch, WORKER_LOAD=args.load,
                          WORKER_STANDBY_SECONDS=args.standby, WORKER_PROVIDER=args.provider)
-    device, standby = find_device(), settings["WORKER_STANDBY_SECONDS"]
-    worker = Worker(worker_executors(settings, device), settings, log=lambda text: print(text, flush=True),
-                    standby_s=None if standby == "" else standby, info={**accelerator_info(device), "versions": installed_versions()})
+    device = find_device()
+    worker = Worker(worker_executors(settings, device), settings, log=lambda text: print(text, flush=True), info=machine_info(device))
     if not worker.tools: raise ExecutionError(f"This machine has none of the tools. {NEEDS_IMAGES}. {NEEDS_CHAT}")
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what we started ends
     try:

@@ -20,7 +20,7 @@ from .jobs import ENDED, refuse_unknown
 # %% auto #0
 __all__ = ['T', 'OPTIONS', 'HOLD_S', 'unreachable', 'tunnel_page', 'refusal', 'Line', 'Transport', 'as_json', 'backoff_s',
            'passes', 'retrying', 'RemoteJob', 'still', 'from_data_url', 'Picture', 'Event', 'read_events', 'Client',
-           'job_path', 'wait_for', 'follow', 'Chat', 'reply_text']
+           'job_path', 'lets_in', 'wait_for', 'follow', 'Chat', 'reply_text']
 
 # %% ../nbs/12_client.ipynb #c6cab480
 def unreachable(error: BaseException, address: str) -> ConnectionFailed:
@@ -511,6 +511,17 @@ OPTIONS = ("priority", "maxAttempts", "queueTimeoutSeconds", "runTimeoutSeconds"
 def job_path(job_id: str, *more: str) -> str:
     "The path of a job, or of something of it."
     return "/".join(["/gpu-jobs", *(quote(str(part), safe="") for part in (job_id, *more))])
+
+# %% ../nbs/12_client.ipynb #bd8fd586
+def lets_in(transport: Transport, worker: bool = False) -> bool:
+    """Whether a queue server takes the transport's token, a caller's or a `worker`'s; `False`: what answers doesn't say, it is of another kind.
+
+    Raises `MissingToken`, `AccessDenied`, and what else `Transport.call` raises.
+    """
+    path = job_path(str(uuid4()))
+    try: transport.call("POST", f"{path}/heartbeat", body={}) if worker else transport.call("GET", path)
+    except NotFound as e: return e.code == "job_not_found"
+    return True
 
 # %% ../nbs/12_client.ipynb #d2d2693c
 def _pieces(transport: Transport, job_id: str, name: str, piece: int = 131_072) -> Iterator[bytes]:

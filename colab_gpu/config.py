@@ -12,7 +12,8 @@ from .errors import InvalidSetting
 
 # %% auto #0
 __all__ = ['SETTINGS', 'number', 'flag', 'words', 'limits', 'choice', 'base_url', 'networks', 'domain', 'signing_secret',
-           'Setting', 'colab_secrets', 'colab_part', 'kaggle_secrets', 'Settings', 'apply_overrides']
+           'Setting', 'colab_secrets', 'platform', 'colab_part', 'kaggle_secrets', 'Settings', 'secrets_in',
+           'apply_overrides']
 
 # %% ../nbs/01_config.ipynb #61612a66
 def number(low: float, high: float, *, whole: bool = False) -> Callable[[str], Any]:
@@ -219,10 +220,15 @@ def colab_secrets(names: Iterable[str] | None = None) -> dict[str, str]:
         if value: found[name] = str(value)
     return found
 
+def platform(environ: Mapping[str, str] | None = None) -> str:
+    "Whose machine this is: `colab`, `kaggle` or `here`. `environ`: `None` is this process's."
+    environ = os.environ if environ is None else environ
+    return "kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in environ else "colab" if "COLAB_RELEASE_TAG" in environ else "here"  # Kaggle's image has both
+
 def colab_part(name: str) -> Any:
     "`google.colab.<name>` (`drive`, `output`, …) as a module; `None` outside Colab."
     import importlib
-    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ: return None  # its image is built on Colab's, whose page isn't there
+    if platform() == "kaggle": return None  # Colab's page isn't there
     try: return importlib.import_module(f"google.colab.{name}")
     except ImportError: return None
 
@@ -303,15 +309,27 @@ def _without_login(text: str) -> str:
     from re import sub
     return sub(r"(//|^)\S*@", r"\1…@", text)
 
-def _unknown(name: str) -> str:
+def secrets_in(settings: Mapping[str, Any]) -> list[str]:
+    "The secrets among the settings' values, the longest first, for whoever has to blot them out; none so short that it stands in ordinary text."
+    return sorted({s for name, row in SETTINGS.items() if row.secret and len(s := settings[name]) > 3}, key=len, reverse=True)
+
+def _near(name: str, cutoff: float = 0.6) -> list[str]:
     from difflib import get_close_matches
-    near = get_close_matches(name, SETTINGS, n=1)
+    return get_close_matches(name, SETTINGS, n=1, cutoff=cutoff)
+
+def _unknown(name: str) -> str:
+    near = _near(name)
     return f"There is no setting {name!r}" + (f"; did you mean {near[0]}?" if near else ": `colab-gpu settings` lists them all.")
 
 # %% ../nbs/01_config.ipynb #53e73efb
 def apply_overrides(overrides: Mapping[str, Any], environ: Any = None) -> list[str]:
-    """Put the non-blank `overrides` into the environment and return the names that were set, never the values."""
+    """Put the non-blank `overrides` into the environment and return the names that were set, never the values.
+
+    Names that are no settings are let through, for libraries (HF_HOME). Raises `InvalidSetting` for one that is a setting's but for a letter.
+    """
     target = os.environ if environ is None else environ
+    wrong = next((name for name in overrides if name not in SETTINGS and _near(name, 0.9)), None)
+    if wrong: raise InvalidSetting(_unknown(wrong), field=wrong)
     given = {name: _text(value) for name, value in overrides.items() if _text(value)}
     target.update(given)
     return sorted(given)

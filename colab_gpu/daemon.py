@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from .config import SETTINGS, Settings
+from .config import SETTINGS, Settings, platform
 from .errors import Transient
 
 # %% auto #0
-__all__ = ['USUAL_PLACES', 'INSTALL_SCRIPT', 'MOST_LOG_BYTES', 'ollama_version', 'is_loopback', 'find_program',
+__all__ = ['USUAL_PLACES', 'INSTALL_SCRIPT', 'OWN_GROUP', 'MOST_LOG_BYTES', 'ollama_version', 'is_loopback', 'find_program',
            'daemon_environment', 'install_commands', 'may_install', 'install', 'last_line', 'end_process', 'Daemon',
            'obstacle', 'start_daemon']
 
@@ -65,10 +65,9 @@ def install_commands(script: Path, has: Callable[[str], Any] = shutil.which, roo
     zstd = [] if has("zstd") or not has("apt-get") else [[*sudo, "apt-get", "update", "-qq"], [*sudo, "apt-get", "install", "-y", "-qq", "zstd"]]
     return [*zstd, ["curl", "-fsSL", "--retry", "3", "-o", str(script), INSTALL_SCRIPT], ["sh", str(script)]]
 
-def may_install(wish: str, environ: Mapping[str, str], platform: str = sys.platform) -> bool:
+def may_install(wish: str, environ: Mapping[str, str], system: str = sys.platform) -> bool:
     "What OLLAMA_INSTALL says: `yes`, `no`, or `auto`: on machines that are lent and thrown away."
-    lent = "COLAB_RELEASE_TAG" in environ or "KAGGLE_KERNEL_RUN_TYPE" in environ
-    return platform.startswith("linux") and (wish == "yes" or (wish == "auto" and lent))
+    return system.startswith("linux") and (wish == "yes" or (wish == "auto" and platform(environ) != "here"))
 
 # %% ../nbs/14b_daemon.ipynb #35330edf
 def install(folder: Path, say: Callable[[str], Any], environ: Mapping[str, str], check: Callable[[], None] = lambda: None) -> None:
@@ -82,7 +81,7 @@ def install(folder: Path, say: Callable[[str], Any], environ: Mapping[str, str],
         with kept.open("ab") as log:
             log.write(f"$ {line}\n".encode())
             log.flush()
-            try: process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=clean, **_OWN_GROUP)
+            try: process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=clean, **OWN_GROUP)
             except OSError as e: raise Transient(f"Ollama could not be installed: {command[0]} cannot be run ({e.strerror}). Install it as "
                                                  "https://ollama.com/download says.", code="ollama_missing") from None
             with _ended_after(process): code = _watched(process, check)
@@ -103,7 +102,7 @@ def last_line(path: Path) -> str:
     return lines[-1][:200] if lines else "it said nothing"
 
 # %% ../nbs/14b_daemon.ipynb #2e023e6c
-_OWN_GROUP: dict[str, Any] = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
+OWN_GROUP: dict[str, Any] = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
 
 def end_process(process: subprocess.Popen[bytes], grace_s: float = 10) -> None:
     "End a process and its group: politely, then not."
@@ -199,7 +198,7 @@ def start_daemon(daemon: Daemon, check: Callable[[], None] = lambda: None) -> No
     daemon.say(f"[ollama] $ {'OLLAMA_HOST=' + daemon_environment(daemon.url, {})['OLLAMA_HOST']} ollama serve")
     with daemon.log.open("ab") as log:
         try: daemon.process = subprocess.Popen([program, "serve"], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                               env=daemon_environment(daemon.url, daemon.environ), **_OWN_GROUP)
+                                               env=daemon_environment(daemon.url, daemon.environ), **OWN_GROUP)
         except OSError as e: raise Transient(f"{program} cannot be run ({e.strerror}): install Ollama anew.", code="ollama_down") from None
     if not daemon.starts: atexit.register(daemon.stop)
     daemon.starts += 1

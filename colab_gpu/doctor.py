@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
-from uuid import uuid4
-from .client import Transport
+from typing import NamedTuple
+from .client import Transport, lets_in
 from .config import SETTINGS, Settings
 from .daemon import Daemon, ollama_version
-from .errors import AccessDenied, ColabGPUError, InvalidSetting, MissingToken, NotFound
+from .errors import AccessDenied, ColabGPUError, InvalidSetting, MissingToken
 from .gpu import Device, find_device, gib
 from .models import model_cache
 
@@ -121,22 +120,22 @@ def look_at_server(settings: Settings) -> Iterator[Finding]:
                       "colab-gpu serve, or set STACK_API_BASE to where it is")
         return
     yield Finding("server", "ok", f"{base}, version {health.get('version', 'unknown') if isinstance(health, dict) else 'unknown'}")
-    yield looked("GPU_CLIENT_TOKEN", lambda: try_token(settings, "GPU_CLIENT_TOKEN", f"/gpu-jobs/{uuid4()}"))
+    yield looked("GPU_CLIENT_TOKEN", lambda: try_token(settings, "GPU_CLIENT_TOKEN"))
     if settings["STACK_WORKER_TOKEN"]:
-        yield looked("STACK_WORKER_TOKEN", lambda: try_token(settings, "STACK_WORKER_TOKEN", f"/gpu-jobs/{uuid4()}/heartbeat", {}))
+        yield looked("STACK_WORKER_TOKEN", lambda: try_token(settings, "STACK_WORKER_TOKEN"))
 
-def try_token(settings: Settings, name: str, path: str, body: dict[str, Any] | None = None) -> Finding:
-    "Whether the server takes the token called `name`; `path` is of a job that there is not, `body` is what to POST there."
+def try_token(settings: Settings, name: str) -> Finding:
+    "Whether the server takes the token called `name`."
     theirs = {"STACK_WORKER_TOKEN": "GPU_WORKER_TOKEN"}.get(name, name)
-    try: Transport(settings["STACK_API_BASE"], settings[name], connect_s=3, read_s=5).call("GET" if body is None else "POST", path, body=body)
+    transport = Transport(settings["STACK_API_BASE"], settings[name], connect_s=3, read_s=5)
+    try: known = lets_in(transport, worker=name == "STACK_WORKER_TOKEN")
     except (MissingToken, AccessDenied):
         said = "the server refuses it" if settings[name] else "not set, and the server wants it"
         return Finding(name, "missing", said, f"export {name}=… (the server's {theirs})")
-    except NotFound as e:
-        if e.code != "job_not_found": return Finding(name, "note", "set; this server is another kind, which does not say whether it fits")
     except ColabGPUError as e:
         if e.code == "gpu_worker_api_disabled": return Finding(name, "missing", e.message.rstrip("."), f"start the server with {theirs} set")
         raise
+    if not known: return Finding(name, "note", "set; this server is another kind, which does not say whether it fits")
     return Finding(name, "ok", "the server takes it" if settings[name] else "not set, and not needed from here")
 
 # %% ../nbs/19a_doctor.ipynb #f226c274

@@ -56,13 +56,13 @@ def preload_chat(executors: Sequence[Any], settings: Settings, say: Say = loud) 
             except ColabGPUError as e: say(f"[ollama] {e.message}")
 
 # %% ../nbs/15f_executors.ipynb #44dfac6b
-def provided(settings: Settings, device: Device, say: Say = loud) -> list[Any]:
+def provided(settings: Settings, device: Device, say: Say = loud, arbiter: Arbiter | None = None) -> list[Any]:
     "The built-in executors that WORKER_PROVIDER means. Raises `InvalidSetting` when it means an image service and there is no address."
     from colab_gpu.providers import ServiceImages
     provider, standby = settings["WORKER_PROVIDER"], settings["WORKER_STANDBY_SECONDS"] != ""
     if provider == "auto": provider = "mcp" if standby and settings["MCP_IMAGEN_URL"] else "local"
-    if provider == "local": return executors_here(settings, device, say)
-    return [ServiceImages(settings), *chat_executors(settings, Arbiter(device, say=say), say)]
+    if provider == "local": return executors_here(settings, device, say, arbiter)
+    return [ServiceImages(settings), *chat_executors(settings, arbiter or Arbiter(device, say=say), say)]
 
 def signed(executors: Sequence[Any], settings: Settings) -> list[Any]:
     "The executors of a standby: their results say who served them."
@@ -70,9 +70,13 @@ def signed(executors: Sequence[Any], settings: Settings) -> list[Any]:
     return [executor if isinstance(executor, ServiceImages) else Signed(executor, "local", settings["WORKER_ID"]) for executor in executors]
 
 # %% ../nbs/15f_executors.ipynb #98561f6e
-def worker_executors(settings: Settings, device: Device, say: Say = loud) -> list[Any]:
-    "What a worker with these settings serves: the tools of WORKER_LOAD, and the built-in ones. Raises `InvalidSetting`."
+def worker_executors(settings: Settings, device: Device, say: Say = loud, arbiter: Arbiter | None = None,
+                     built_in: Sequence[Any] | None = None) -> list[Any]:
+    """What a worker with these settings serves: the tools of WORKER_LOAD, and the built-in ones. Raises `InvalidSetting`.
+
+    say, arbiter: as for `executors_here`. built_in: built-in executors that are there already, with their models; `None` makes them.
+    """
     own, wanted = load_tools(settings["WORKER_LOAD"]), settings["WORKER_TOOLS"]
     only_own = wanted and {*wanted} <= {executor.tool for executor in own}
-    found = [*own] if only_own else beside(provided(settings, device, say), own, say)
+    found = [*own] if only_own else beside(provided(settings, device, say, arbiter) if built_in is None else built_in, own, say)
     return found if settings["WORKER_STANDBY_SECONDS"] == "" else signed(found, settings)

@@ -12,8 +12,8 @@ from .errors import OutOfMemory
 
 # %% auto #0
 __all__ = ['Device', 'SimulatedDevice', 'Cpu', 'ask_nvidia_smi', 'Cuda', 'find_device', 'accelerator_info', 'installed_versions',
-           'Holder', 'held', 'gib', 'Arbiter', 'take', 'following', 'give_back', 'make_room', 'others', 'send_away',
-           'wait_for', 'lacking', 'clear']
+           'machine_info', 'Holder', 'held', 'gib', 'Arbiter', 'take', 'following', 'give_back', 'make_room', 'others',
+           'send_away', 'wait_for', 'lacking', 'clear']
 
 # %% ../nbs/13_gpu.ipynb #eedd3fa8
 class Device(Protocol):
@@ -88,6 +88,10 @@ def installed_versions(names: Sequence[str] = ("torch", "diffusers", "transforme
         try: found.append(f"{name}={version(name)}")
         except PackageNotFoundError: pass
     return ",".join(found)
+
+def machine_info(device: Device) -> dict[str, Any]:
+    "All that a worker tells of its machine: `accelerator_info`, and `versions`."
+    return {**accelerator_info(device), "versions": installed_versions()}
 
 # %% ../nbs/13_gpu.ipynb #2176a3b1
 class Holder(Protocol):

@@ -30,9 +30,9 @@ def read_needs(lines: Iterable[str], extras: Iterable[str] = ()) -> list[Need]:
         if parts and (extra is None or extra[1] in wanted): found[Need(parts[1], parts[2] or "")] = None
     return list(found)
 
-def needs_of(extras: Iterable[str] = (), package: str = "colab-gpu") -> list[Need]:
-    "What the installed `package` needs for `extras`; nothing if it is not installed (a checkout on the path)."
-    try: return read_needs(requires(package) or (), extras)
+def needs_of(extras: Iterable[str] = ()) -> list[Need]:
+    "What the installed colab-gpu needs for `extras`; nothing if it is not installed (a checkout on the path)."
+    try: return read_needs(requires("colab-gpu") or (), extras)
     except PackageNotFoundError: return []
 
 # %% ../nbs/01b_packages.ipynb #8812f96b
@@ -61,11 +61,10 @@ def pip_install(words: Iterable[str], what: str, timeout_s: float = 900) -> None
     raise Transient(f"{what} could not be installed ({said[-1].removeprefix('ERROR: ')[:200]}): check that this machine reaches the internet, "
                     "and run the cell again.")
 
-def install_missing(extras: Iterable[str] = (), say: Callable[[str], Any] = print,
-                    install: Callable[[list[str], str], Any] = pip_install) -> list[str]:
+def install_missing(extras: Iterable[str] = (), say: Callable[[str], Any] = print) -> list[str]:
     "Install what `extras` need and is missing; what was installed. Says what is too old. Raises `Transient`."
     needs = needs_of(extras)
     old, missing = [n for n in needs if has(n) is None], [str(n) for n in needs if has(n) is False]
     for need in old: say(f"{need.name} {version(need.name.partition('[')[0])} is older than {need.least}, and was left alone.")
-    if missing: install(missing, ", ".join(missing))
+    if missing: pip_install(missing, ", ".join(missing))
     return missing

@@ -14,8 +14,8 @@ from . import broker as rules
 from .archive import Archive, History, check_name, first_picture, put_picture, record, safe_type, take_picture
 from .broker import (Ask, Broker, Policy, ended_within, heartbeat, lease_within, orders_within, reap_forever, standing, watch,
                               watchers_of)
-from .bundle import build_wheel, notebook_json
-from .config import SETTINGS, Settings, base_url
+from .bundle import build_wheel, notebook_json, safe_address
+from .config import SETTINGS, Settings
 from .errors import (AccessDenied, ColabGPUError, InvalidPayload, InvalidSetting, MissingToken, NotFound, PayloadTooLarge,
                               RequestError, Unavailable)
 from .httpd import (HTTPServer, Later, Limits, Request, Response, Route, Router, ServerThread, StreamResponse, file_response,
@@ -32,8 +32,8 @@ __all__ = ['log', 'is_loopback', 'host_of', 'Doors', 'bearer', 'same', 'from_bro
            'read_ask', 'plain', 'read_info', 'App', 'policy_of', 'Submitted', 'add_caller_routes', 'submit_image',
            'image_lines', 'last_line', 'line', 'result_with_picture', 'listed', 'sse', 'add_worker_routes',
            'lease_dict', 'worker_body', 'token_of', 'receive', 'finish', 'detail_of', 'flag_of', 'asked_address',
-           'download', 'add_package_routes', 'add_operator_routes', 'prometheus', 'describe', 'archive_forever',
-           'archive_some', 'run_app', 'QueueServer', 'serve']
+           'download', 'digest_of', 'add_package_routes', 'add_operator_routes', 'prometheus', 'describe',
+           'archive_forever', 'archive_some', 'run_app', 'QueueServer', 'serve']
 
 # %% ../nbs/08_server.ipynb #6cf60b69
 _PROXY_MARKS = ("x-forwarded-for", "forwarded", "cf-connecting-ip", "x-forwarded-host", "x-real-ip", "via", "ngrok-trace-id")
@@ -570,14 +570,18 @@ def flag_of(body: Mapping[str, Any], name: str) -> bool | None:
 def asked_address(request: Request) -> str:
     "The address of this server as the caller knows it; blank when the request doesn't tell one that can be written down."
     scheme = request.headers.get("x-forwarded-proto", "http").partition(",")[0].strip().lower()
-    try: return base_url(f"{'https' if scheme == 'https' else 'http'}://{request.headers.get('host', '')}")
-    except ValueError: return ""
+    try: return safe_address(f"{'https' if scheme == 'https' else 'http'}://{request.headers.get('host', '')}")
+    except InvalidSetting: return ""
 
-def download(request: Request, body: bytes, kind: str, name: str) -> Response:
+async def download(request: Request, body: bytes, kind: str, name: str) -> Response:
     "`body` as a file to keep, unless the caller has these very bytes."
-    headers = [("ETag", f'"{hashlib.sha256(body).hexdigest()}"'), ("Cache-Control", "private, no-cache"), ("X-Content-Type-Options", "nosniff")]
+    headers = [("ETag", f'"{await digest_of(body)}"'), ("Cache-Control", "private, no-cache"), ("X-Content-Type-Options", "nosniff")]
     if not_modified(request, headers[0][1]): return Response(status=304, headers=headers)
     return Response(body, content_type=kind, headers=[*headers, ("Content-Disposition", f'attachment; filename="{name}"')])
+
+async def digest_of(body: bytes) -> str:
+    "The SHA-256 of megabytes, off the event loop."
+    return await asyncio.to_thread(lambda: hashlib.sha256(body).hexdigest())
 
 # %% ../nbs/08_server.ipynb #9322a34f
 def add_package_routes(app: App) -> None:
@@ -588,15 +592,13 @@ def add_package_routes(app: App) -> None:
 
     @app.route("GET", "/notebook", "caller", "The notebook for Colab, filled in with this server's address, never with a token", query=query)
     async def get_notebook(request: Request) -> Response:
-        wheel, address = await built(request), asked_address(request)
-        try: body = await asyncio.to_thread(notebook_json, address, wheel)
-        except InvalidSetting: body = await asyncio.to_thread(notebook_json, "", wheel)
-        return download(request, body, "application/x-ipynb+json", "colab-gpu.ipynb")
+        body = await asyncio.to_thread(notebook_json, asked_address(request), await built(request))
+        return await download(request, body, "application/x-ipynb+json", "colab-gpu.ipynb")
 
     @app.route("GET", "/dist/", "either", "The package's wheel: a page for people and `pip --find-links`, a list for programs")
     async def list_wheels(request: Request) -> Response:
         name, body = await built(request)
-        digest = hashlib.sha256(body).hexdigest()
+        digest = await digest_of(body)
         if "application/json" in request.headers.get("accept", ""):
             return json_response({"files": [{"filename": name, "url": f"/dist/{name}", "size": len(body), "hashes": {"sha256": digest}}]})
         page = f'<!DOCTYPE html><title>colab-gpu</title><a href="/dist/{name}#sha256={digest}">{name}</a>\n'
@@ -606,7 +608,7 @@ def add_package_routes(app: App) -> None:
     async def get_wheel(request: Request) -> Response:
         name, body = await built(request)
         if request.params["name"] != name: raise NotFound(f"There is no {request.params['name'][:100]}: the wheel of this server is {name}.")
-        return download(request, body, "application/octet-stream", name)
+        return await download(request, body, "application/octet-stream", name)
 
 # %% ../nbs/08_server.ipynb #f799f178
 def add_operator_routes(app: App) -> None:

@@ -8,42 +8,34 @@ import atexit, os, re, subprocess, sys, threading, time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
-from .client import Client, Transport
-from .config import SETTINGS, Settings, apply_overrides, base_url, colab_part, colab_secrets, kaggle_secrets
-from .daemon import end_process, is_loopback, last_line
-from .errors import (AccessDenied, ColabGPUError, ConnectionFailed, ExecutionError, Interrupted, InvalidSetting, MissingToken, NotFound, Transient)
-from .executors import NEEDS_CHAT, NEEDS_IMAGES, chat_executors, executors_here
-from .gpu import Arbiter, accelerator_info, find_device, installed_versions
-from .models import KNOWN, find_model, has_demo, known_model, models_on_disk
+from .chat import model_key, needs, pull
+from .client import Client, Transport, lets_in
+from .config import SETTINGS, Settings, apply_overrides, base_url, colab_part, colab_secrets, kaggle_secrets, platform, secrets_in
+from .daemon import OWN_GROUP, end_process, is_loopback, last_line
+from .errors import (AccessDenied, ColabGPUError, ConnectionFailed, ExecutionError, Interrupted, InvalidSetting, MissingToken, Transient)
+from .executors import NEEDS_CHAT, NEEDS_IMAGES, chat_executors, worker_executors
+from .gpu import Arbiter, find_device, machine_info
+from .models import KNOWN, find_model, has_demo, known_model, models_on_disk, owner_model
 from .runs import scrub
-from .tools import beside, load_tools
 from .tunnel import MINDED, Tunnel, open_tunnel, public_tokens
 from .worker import Worker
 
 # %% auto #0
-__all__ = ['MODES', 'CLOSED', 'DRIVE', 'platform', 'reachable_address', 'try_server', 'ServerProcess', 'Preload', 'load_images',
-           'load_chat', 'Service', 'state_of', 'server_died', 'address_of', 'secrets_of', 'one_verb', 'connect',
-           'use_ngrok_token', 'start', 'executors_of', 'executor_of', 'drain', 'stop', 'close', 'release', 'preload',
-           'Looker', 'look', 'image_choices', 'chat_choices', 'snapshot', 'model_key', 'model_rows', 'client_token',
-           'snippet', 'try_picture', 'try_chat', 'not_queued', 'queued', 'loaded', 'caller', 'Halt', 'in_words',
-           'override', 'open_service', 'at_home', 'take_over', 'alike', 'adopt', 'begin', 'tried', 'keep_models_on',
-           'use_drive']
+__all__ = ['MODES', 'CLOSED', 'DRIVE', 'check_address', 'try_server', 'ServerProcess', 'Preload', 'load_images', 'load_chat',
+           'Service', 'state_of', 'server_died', 'address_of', 'secrets_of', 'one_verb', 'connect', 'use_ngrok_token',
+           'start', 'executors_of', 'executor_of', 'drain', 'stop', 'close', 'release', 'preload', 'Looker', 'look',
+           'image_choices', 'chat_choices', 'snapshot', 'model_rows', 'client_token', 'snippet', 'try_picture',
+           'try_chat', 'not_queued', 'queued', 'loaded', 'caller', 'Halt', 'in_words', 'override', 'open_service',
+           'at_home', 'take_over', 'alike', 'adopt', 'begin', 'tried', 'keep_models_on', 'use_drive']
 
 # %% ../nbs/17b_service.ipynb #74007ffe
 MODES = ("worker", "all in one")
 
-def platform(environ: Mapping[str, str] | None = None) -> str:
-    "`colab`, `kaggle` or `here`. `environ`: `None` is this process's."
-    environ = os.environ if environ is None else environ
-    return "kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in environ else "colab" if "COLAB_RELEASE_TAG" in environ else "here"  # Kaggle's image has both
-
-def reachable_address(address: str, where: str) -> str:
-    "`address`, unless the machine `where` this runs can't mean it. Raises `InvalidSetting`."
-    if where == "here" or not is_loopback(address): return address
+def check_address(address: str, where: str) -> None:
+    "Raise `InvalidSetting` for an address that means the lent machine `where` this runs, and not the user's."
+    if where == "here" or not is_loopback(address): return
     raise InvalidSetting(f"{address} is this {where.title()} machine itself, not yours: give STACK_API_BASE the public address of your server "
                          "(`colab-gpu serve --tunnel` prints one), or choose the mode `all in one`.", field="STACK_API_BASE")
 
@@ -55,26 +47,19 @@ def try_server(settings: Mapping[str, Any]) -> str:
         raise MissingToken("No worker's token yet: add the server's GPU_WORKER_TOKEN as a secret called STACK_WORKER_TOKEN, or type it "
                            "into the panel.")
     transport = Transport(base, token, connect_s=5, read_s=10)
-    try: transport.call("POST", f"/gpu-jobs/{uuid4()}/heartbeat", body={"leaseToken": "none"})
-    except NotFound as e:
-        if e.code == "job_not_found": return f"Connected to {base}."
-        return _reference(transport, base)
+    try: known = lets_in(transport, worker=True)
     except (MissingToken, AccessDenied):
         raise AccessDenied(f"{base} refused the token: STACK_WORKER_TOKEN must be the server's GPU_WORKER_TOKEN.",
                            code="invalid_worker_token") from None
-    return f"Connected to {base}."
-
-def _reference(transport: Transport, base: str) -> str:
-    "The reference's server has no heartbeats; what answers otherwise is no queue server."
-    try: transport.call("GET", f"/gpu-jobs/{uuid4()}")
-    except NotFound as e:
-        if e.code == "job_not_found": return f"Connected to {base}."
-    except (MissingToken, AccessDenied): return f"Connected to {base}."
+    if known or _is_reference(transport): return f"Connected to {base}."
     raise ConnectionFailed(f"What answers at {base} is no queue server: check STACK_API_BASE.")
 
-# %% ../nbs/17b_service.ipynb #cbb5d199
-_OWN_GROUP: dict[str, Any] = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
+def _is_reference(transport: Transport) -> bool:
+    "Whether it is a queue server without heartbeats, which doesn't say whether a token fits; callers it may refuse."
+    try: return lets_in(transport)
+    except (MissingToken, AccessDenied): return True
 
+# %% ../nbs/17b_service.ipynb #cbb5d199
 class ServerProcess:
     """A queue server in a process of its own.
 
@@ -119,7 +104,7 @@ def _start_server(server: ServerProcess) -> None:
     try:
         while not server.url:
             with server.log.open("wb") as log:
-                server.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environ, **_OWN_GROUP)
+                server.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environ, **OWN_GROUP)
             server.url = _await_server(server, deadline)
     except BaseException:
         server.stop()
@@ -152,20 +137,18 @@ class Preload:
 
 def load_images(preload: Preload, executor: Any) -> None:
     "Load an image model. Raises `ColabGPUError`."
-    from colab_gpu.images import owner_model
+    from colab_gpu.pipelines import downloaded_bytes
     source = owner_model(preload.model, executor.model_id)
     preload.needs_bytes = executor.shelf.needs(source) or preload.needs_bytes
     expected = 0 if source.local else round(known_model(source).gib * 2**30)
     def tell(sentence: str) -> None:
         preload.says = sentence
-        found = re.search(r"([\d.]+) GiB", sentence)
-        if expected and found and sentence.startswith("Downloading"): preload.percent = min(99, round(float(found[1]) * 2**30 * 100 / expected))
+        if expected: preload.percent = min(99, downloaded_bytes(source.location) * 100 // expected)
     executor.preload(preload.model, tell)
     preload.says = f"{source.name} is loaded."
 
 def load_chat(preload: Preload, ollama: Any, check: Callable[[], None] = lambda: None) -> None:
     "Pull a chat model if it is missing, and load it; `check` may raise to give it up. Raises `ColabGPUError`."
-    from colab_gpu.chat import needs, pull
     if not ollama.daemon.alive: preload.says = "Starting Ollama; it is installed first if it is missing, which takes a minute or two."
     ollama.daemon.ensure(check)
     def on_percent(percent: int) -> None: preload.percent, preload.says = percent, f"Pulling {preload.name}."
@@ -240,9 +223,7 @@ def address_of(service: Service) -> str:
 
 def secrets_of(service: Service) -> list[str]:
     "What no line may show."
-    known = [str(service.settings[name]) for name, row in SETTINGS.items() if row.secret]
-    if service.server: known += service.server.tokens.values()
-    return sorted({secret for secret in known if len(secret) > 3}, key=len, reverse=True)
+    return [*secrets_in(service.settings), *(service.server.tokens.values() if service.server else ())]
 
 # %% ../nbs/17b_service.ipynb #d0e2b9fc
 @contextmanager
@@ -269,7 +250,7 @@ def connect(service: Service, address: str = "", token: str = "") -> str:
         except ValueError as e: raise InvalidSetting(f"STACK_API_BASE {e}.", field="STACK_API_BASE") from None  # what was typed may be a secret
         typed = {"STACK_API_BASE": address.strip(), "STACK_WORKER_TOKEN": token.strip()}
         settings = service.settings.but(**typed)
-        reachable_address(settings["STACK_API_BASE"], service.where)
+        check_address(settings["STACK_API_BASE"], service.where)
         changed = bool(token.strip()) or settings["STACK_API_BASE"] != service.settings["STACK_API_BASE"]
         service.settings, service.says = settings, ""
         service.typed |= {name: text for name, text in typed.items() if text}
@@ -300,7 +281,7 @@ def start(service: Service) -> str:
 
 def _start_polling(service: Service) -> str:
     settings = service.settings
-    reachable_address(settings["STACK_API_BASE"], service.where)
+    check_address(settings["STACK_API_BASE"], service.where)
     later = ""
     try: service.says = try_server(settings)
     except ConnectionFailed as e: service.says, later = e.message, f" The server does not answer yet, and is asked again and again: {e.message}"
@@ -331,16 +312,13 @@ def _start_worker(service: Service) -> Worker:
     if service.server: settings = settings.but(STACK_API_BASE=service.server.url, STACK_WORKER_TOKEN=service.server.tokens["GPU_WORKER_TOKEN"])
     executors = executors_of(service)
     if not executors: raise ExecutionError(f"This machine has none of the tools. {NEEDS_IMAGES}. {NEEDS_CHAT}")
-    info = {**accelerator_info(service.arbiter.device), "versions": installed_versions()}
-    service.worker = Worker(executors, settings, log=service.log, info=info).start()
+    service.worker = Worker(executors, settings, log=service.log, info=machine_info(service.arbiter.device)).start()
     return service.worker
 
 def executors_of(service: Service) -> list[Any]:
     "The executors, made once. Raises `InvalidSetting`."
     if service.closed: raise InvalidSetting(CLOSED)
-    if not service.executors:
-        settings, own = service.settings, load_tools(service.settings["WORKER_LOAD"])
-        service.executors = beside(executors_here(settings, service.arbiter.device, service.log, service.arbiter), own, service.log)
+    if not service.executors: service.executors = worker_executors(service.settings, service.arbiter.device, service.log, service.arbiter)
     return service.executors
 
 def executor_of(service: Service, tool: str) -> Any:
@@ -412,6 +390,8 @@ def preload(service: Service, family: str, model: str) -> None:
         if family not in ("images", "chat"): raise InvalidSetting(f"There are models for images and for chat, not for {family!r}.", field="family")
         if not model or len(model) > 200 or not model.isprintable(): raise InvalidSetting("Choose a model, or type its name.", field="model")
         executor = executor_of(service, "imagenGenerate" if family == "images" else "ollamaChat")
+        if not hasattr(executor, "preload"):
+            raise InvalidSetting("An image service draws for this worker (WORKER_PROVIDER): there is nothing to load here.", field="WORKER_PROVIDER")
         shown = find_model(model).name if family == "images" else model
         known = service.preloads.get((family, shown))
         if known is not None and known.state == "loading": return
@@ -441,7 +421,7 @@ class Looker:
         self.service, self.asked_at, self.looked_at = service, 0.0, 0.0
         self.gpu: dict[str, Any] = {"accelerator": service.arbiter.device.name, "total_bytes": None, "free_bytes": None, "holders": {}, "turn": None}
         self.loaded: dict[str, list[str]] = {"images": [], "chat": []}
-        self.choices: dict[str, list[str]] = {"images": image_choices(service.settings, ["demo"]), "chat": chat_choices(service.settings, [])}
+        self.choices: dict[str, list[str]] = {"images": image_choices(service.settings, models_on_disk()), "chat": chat_choices(service.settings, [])}
         self._wake, self._over, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -503,15 +483,11 @@ def snapshot(service: Service) -> dict[str, Any]:
     error = next(filter(None, troubles), "")
     return {"mode": service.mode, "state": service.state, "worker": str(service.settings["WORKER_ID"]),
             "server": {"url": service.address, "token": bool(service.settings["STACK_WORKER_TOKEN"] or service.server), "says": service.says},
-            "public": None if tunnel is None else {name: tunnel.snapshot()[name] for name in ("state", "url", "kind", "error")},
+            "public": None if tunnel is None else tunnel.snapshot(),
             "gpu": looker.gpu, "choices": dict(looker.choices), "models": model_rows(service),
             "jobs": [job for job in now.get("jobs", []) if not job["over"]], "recent": now.get("recent", []),
             "tools": now.get("tools", []), "counts": now.get("counts", {}), "requests": now.get("requests", 0),
             "requestsPerMonth": now.get("requestsPerMonth"), "error": error, "lines": list(service.lines)}
-
-def model_key(name: str) -> str:
-    "Names that mean the same model have the same key: Ollama's tag may be left out."
-    return name.lower().removesuffix(":latest")
 
 def model_rows(service: Service) -> list[dict[str, Any]]:
     "A row for each preload, and for each model that is loaded without one."
@@ -554,6 +530,8 @@ def try_picture(service: Service, prompt: str, timeout_s: float = 600) -> tuple[
     executor = executor_of(service, "imagenGenerate")
     job = queued(service, executor.tool, {"prompt": prompt}, timeout_s)
     if job is None:
+        if not hasattr(executor, "draw"):
+            raise ExecutionError("An image service draws for this worker: ask it through the queue, with GPU_CLIENT_TOKEN set.")
         drawing = executor.draw(prompt)
         return drawing.file, f"Drawn by {drawing.meta['model']} in {drawing.meta['duration_ms'] / 1000:.1f} s, {not_queued(service)}."
     if job.png is None: raise ExecutionError("The job came back without a picture.")
@@ -621,11 +599,9 @@ def override(overrides: Mapping[str, Any]) -> None:
         if value is None: os.environ.pop(name, None)
         else: os.environ[name] = value
     _BEFORE.clear()
-    for name in overrides:
-        near = get_close_matches(name, SETTINGS, n=1, cutoff=0.9)
-        if name not in SETTINGS and near: raise InvalidSetting(f"ENV_OVERRIDES: there is no setting {name!r}; did you mean {near[0]}?", field=name)
-    _BEFORE.update({name: os.environ.get(name) for name in overrides})
+    before = {name: os.environ.get(name) for name in overrides}
     apply_overrides(overrides)
+    _BEFORE.update(before)
 
 def open_service(mode: str = "worker", overrides: Mapping[str, Any] | None = None, say: Callable[[str], Any] | None = None, **given: Any) -> Service:
     """The notebook's service, in place of the one that an earlier run of the cell made. Call it on the main thread: it reads the notebook's secrets.
@@ -667,7 +643,7 @@ def take_over(service: Service, old: Service) -> None:
         same = service.mode == old.mode == "all in one" and alike(service, old, ("server", "broker", "tunnel"), ("GPU_CLIENT_TOKEN",))
         if same and old.server is not None and old.server.alive and (old.tunnel is None or old.tunnel.local == old.server.url):
             service.server, service.tunnel, old.server, old.tunnel = old.server, old.tunnel, None, None
-        if old.executors and alike(service, old, ("images", "chat"), ("WORKER_PROVIDER",)):
+        if old.executors and alike(service, old, ("images", "chat", "providers"), ("WORKER_PROVIDER", "WORKER_STANDBY_SECONDS", "WORKER_TOOLS")):
             adopt(service, old)
         close(old)
 
@@ -677,10 +653,10 @@ def alike(one: Service, other: Service, rooms: tuple[str, ...], names: tuple[str
 
 def adopt(service: Service, old: Service) -> None:
     "Take the `old` service's executors, with their models; tools of one's own are read anew, and chat is looked for again if it wasn't there."
-    ours = [e for e in old.executors or [] if e.tool in ("imagenGenerate", "ollamaChat", "ollamaEmbed")]
+    kept = [e for e in old.executors or [] if e.tool in ("imagenGenerate", "ollamaChat", "ollamaEmbed")]
     service.arbiter, old.executors = old.arbiter, None
-    if not any(e.tool == "ollamaChat" for e in ours): ours += chat_executors(service.settings, service.arbiter, service.log)
-    service.executors = beside(ours, load_tools(service.settings["WORKER_LOAD"]), service.log)
+    if not any(e.tool == "ollamaChat" for e in kept): kept += chat_executors(service.settings, service.arbiter, service.log)
+    service.executors = worker_executors(service.settings, service.arbiter.device, service.log, service.arbiter, kept)
     service.preloads |= {key: one for key, one in old.preloads.items() if one.state != "failed"}
 
 # %% ../nbs/17b_service.ipynb #84512955
@@ -689,7 +665,8 @@ def begin(service: Service, preload: bool = True) -> str:
     try: said = service.start()
     except ColabGPUError as e: return f"Not started: {e.message}"
     wanted = [("chat", name) for name in service.settings["OLLAMA_PRELOAD_MODELS"]]
-    if any(e.tool == "imagenGenerate" for e in executors_of(service)): wanted = [("images", service.settings["IMAGEN_MODEL_ID"]), *wanted]
+    draws = any(e.tool == "imagenGenerate" and hasattr(e, "preload") for e in executors_of(service))
+    if draws: wanted = [("images", service.settings["IMAGEN_MODEL_ID"]), *wanted]
     for family, name in wanted if preload else ():
         try: service.preload(family, name)
         except ColabGPUError as e: said += f" {name} is not loaded: {e.message}"

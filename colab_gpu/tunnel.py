@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 from .config import SETTINGS, Settings
-from .daemon import end_process, is_loopback
+from .daemon import OWN_GROUP, end_process, is_loopback
 from .errors import InvalidSetting, TunnelFailed
 
 # %% auto #0
@@ -185,8 +185,6 @@ class Agent(Protocol):
         "What is wrong with it, found without a request that is counted."
     def close(self) -> None:
         "End it; again does nothing."
-
-_OWN_GROUP: dict[str, Any] = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
 
 # %% ../nbs/17_tunnel.ipynb #617266cd
 def ngrok_config(token: str) -> str:
@@ -362,7 +360,7 @@ class Cloudflared:
         minded = ["/bin/sh", "-c", MINDED, "sh"] if os.name == "posix" else []
         try: self.process = subprocess.Popen([*minded, program, "tunnel", "--no-autoupdate", "--url", self.local], stdin=subprocess.DEVNULL,
                                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                             env={k: v for k, v in os.environ.items() if not _is_private(k)}, **_OWN_GROUP)
+                                             env={k: v for k, v in os.environ.items() if not _is_private(k)}, **OWN_GROUP)
         except OSError as e: raise TunnelFailed(f"cloudflared cannot be run ({e.strerror}): install it anew.", code="cloudflared_missing") from None
         reader = threading.Thread(target=_read_log, args=(self, self.process), name="cloudflared-log", daemon=True)
         reader.start()

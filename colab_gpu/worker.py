@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from uuid import uuid4
 from .client import Transport, backoff_s, job_path, passes
-from .config import SETTINGS, Settings
+from .config import Settings, secrets_in
 from .errors import (AccessDenied, ColabGPUError, ConnectionFailed, Interrupted, InvalidSetting, MissingToken, NotFound, RequestError,
                               Transient, Unprocessable)
 from .guard import Guard
@@ -205,7 +205,8 @@ class Worker:
     (`jobs.BatchExecutor`); `models` (names, or a function that returns them), if an executor has it, tells the server what is loaded.
     settings: the settings table's values; `None` reads the environment.
     log: takes lines for people; `None` keeps them only in the snapshot. standby_s: take only what has waited that long with no regular
-    worker for it, seconds. session_end: when this machine goes away, on `clock`; `None` goes by WORKER_SESSION_SECONDS.
+    worker for it, seconds; `None` goes by WORKER_STANDBY_SECONDS.
+    session_end: when this machine goes away, on `clock`; `None` goes by WORKER_SESSION_SECONDS.
     info: what to tell of this machine, `accelerator` and
     `memory`, or a function that returns it. sleep: replaces the pauses between attempts. clock, now: seconds, monotonic and since the epoch.
 
@@ -222,9 +223,10 @@ class Worker:
         self.limits = {**LIMITS, **(settings["WORKER_STALL_SECONDS"] or {})}
         self.asking, self.telling = (Transport(settings["STACK_API_BASE"], settings["STACK_WORKER_TOKEN"]) for _ in "at")
         self.clock, self.now, self._sleep, self._print = clock, now, sleep, log
-        self.standby_s, self.info = standby_s, info
+        told = settings["WORKER_STANDBY_SECONDS"]
+        self.standby_s, self.info = standby_s if standby_s is not None or told == "" else told, info
         self.session_end = clock() + lasts if session_end is None and (lasts := settings["WORKER_SESSION_SECONDS"]) else session_end
-        self.secrets = sorted({s for name, row in SETTINGS.items() if row.secret and len(s := settings[name]) > 3}, key=len, reverse=True)
+        self.secrets = secrets_in(settings)
         self.instance, self.failures, self.last_error, self.state = str(uuid4()), 0, "", "stopped"
         self.question: str | None = None
         self.counts, self.lines = dict.fromkeys(("completed", "failed", "released", "lost", "kept"), 0), deque[str](maxlen=200)

@@ -19,7 +19,7 @@ for name in ("torch", "diffusers", "transformers", "nbclient", "ipywidgets", "py
     pytest.importorskip(name)
 
 from stages import Notebook, colab_env, colab_page, far, kaggle_page, overlay, pip
-from test_tunnel import AUTH, StandIn
+from tunnel_agents import AUTH, StandIn
 
 from colab_gpu import bundle
 from colab_gpu.client import Client

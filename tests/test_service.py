@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import TOKEN
 from processes import eventually, start_server
-from test_tunnel import AUTH, StandIn
+from tunnel_agents import AUTH, StandIn
 
 from colab_gpu import service as room
 from colab_gpu.client import Client
@@ -289,6 +289,19 @@ def test_what_is_typed_as_an_address_is_not_repeated(opened):
     for typed in ("http://me:hunter2@x.example", "hunter2-was-a-token"):
         with pytest.raises(InvalidSetting) as e: service.connect(typed)
         assert "hunter2" not in e.value.message + repr(service.snapshot())
+
+
+def test_who_draws_is_what_the_settings_say(opened, remote, services, tmp_path):
+    pytest.importorskip("mcp")
+    url = services("plain").url
+    service = opened(STACK_API_BASE=remote.url, STACK_WORKER_TOKEN=TOKEN, WORKER_PROVIDER="mcp", MCP_IMAGEN_URL=url, COLAB_GPU_DATA=tmp_path)
+    assert begin(service).endswith("for imagenGenerate.") and service.worker.standby_s is None
+    with pytest.raises(InvalidSetting, match="there is nothing to load here"): service.preload("images", "demo")
+    assert tried(service.try_picture, "a star") == (None, "An image service draws for this worker: ask it through the queue, with GPU_CLIENT_TOKEN set.")
+    assert Client(remote.url, "caller-token-for-tests").submit("imagenGenerate", {"prompt": "a star"}).wait(120).result["provider"] == "plain"
+    standby = opened(STACK_API_BASE=remote.url, STACK_WORKER_TOKEN=TOKEN, WORKER_STANDBY_SECONDS=20, COLAB_GPU_DATA=tmp_path)
+    standby.start()
+    assert standby.worker.standby_s == 20 and standby.try_picture("a star")[0]
 
 
 def test_a_closed_service_stays_closed(opened, tmp_path):
