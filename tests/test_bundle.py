@@ -431,44 +431,26 @@ def test_the_routes_are_described(server):
 # --- all of it
 
 
-@pytest.fixture
-def kernel(bare, tmp_path):
-    """A kernel's manager, for a Python that has everything but colab-gpu; no network, no index."""
-    from jupyter_client.kernelspec import KernelSpecManager
-    from jupyter_client.manager import AsyncKernelManager
-
-    spec = {"argv": [str(bare()), "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "bare", "language": "python"}
-    (tmp_path / "kernels" / "bare").mkdir(parents=True)
-    (tmp_path / "kernels" / "bare" / "kernel.json").write_text(json.dumps(spec))
-    return AsyncKernelManager(kernel_name="bare", kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(tmp_path / "kernels")]))
-
-
 @pytest.mark.slow
-def test_a_notebook_from_a_server_works_with_nothing_but_itself(server, kernel, tmp_path, monkeypatch):
+def test_a_notebook_from_a_server_works_with_nothing_but_itself(server, bare, tmp_path):
     for name in ("diffusers", "ipywidgets", "nbclient"):
         pytest.importorskip(name)
-    from nbclient import NotebookClient
+    from stages import Notebook
 
-    made = nbformat.reads(fetch(server, "/notebook", CALLER)[1].decode(), 4)
-    stop = cell_with(made, "STOP_NOW")
-    stop["source"] = stop["source"].replace("STOP_NOW = False", "STOP_NOW = True")
-    for name in [name for name in os.environ if name == "PYTHONPATH" or name.startswith(("GPU_", "STACK_", "COLAB_", "IMAGEN_", "OLLAMA_", "WORKER_"))]:
-        monkeypatch.delenv(name)
     nowhere = "http://127.0.0.1:9"
-    env = {**os.environ, "STACK_WORKER_TOKEN": WORKER, "GPU_CLIENT_TOKEN": CALLER, "COLAB_GPU_DATA": str(tmp_path / "worker"), "START_OLLAMA": "0", "OLLAMA_URL": nowhere,
-           "PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "http_proxy": nowhere, "https_proxy": nowhere, "no_proxy": "127.0.0.1"}
-    runs = NotebookClient(made, km=kernel, timeout=600)
-    with runs.setup_kernel(env=env, cwd=str(tmp_path)):
-        for i, cell in enumerate(made["cells"]):
-            if cell is stop:  # one job more, from outside
-                job = submit_picture(server)
-            runs.execute_cell(cell, i)
-    shown = ["".join(output.get("text", "") for output in cell.get("outputs", [])) for cell in made["cells"]]
-    assert any(f"colab-gpu {__version__}, from this notebook" in text for text in shown), shown
-    [picture] = [output["data"]["image/png"] for cell in made["cells"] for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    env = {"STACK_WORKER_TOKEN": WORKER, "GPU_CLIENT_TOKEN": CALLER, "COLAB_GPU_DATA": tmp_path / "worker", "START_OLLAMA": 0, "OLLAMA_URL": nowhere,
+           "PIP_NO_INDEX": 1, "HF_HUB_OFFLINE": 1, "HF_HOME": tmp_path / "hub", "http_proxy": nowhere, "https_proxy": nowhere, "no_proxy": "127.0.0.1"}
+    made = json.loads(fetch(server, "/notebook", CALLER)[1])
+    with Notebook(made, bare(), tmp_path, env, {"STOP_NOW": True}, timeout_s=600) as notebook:
+        *first, stop = range(len(notebook.cells))
+        shown = notebook.run_all(first)
+        job = submit_picture(server)  # one job more, from outside
+        shown.append(notebook.run(stop))
+    assert any(f"colab-gpu {__version__}, from this notebook" in str(cell) for cell in shown), shown
+    [picture] = [picture for cell in shown for picture in cell.pictures]
     assert base64.b64decode(picture).startswith(b"\x89PNG")
     assert job["status"] == "completed" and job["workerId"] == "colab-worker" and job["result"]["model"] == "demo"
-    assert WORKER not in json.dumps(made) and CALLER not in json.dumps(made)
+    assert WORKER not in json.dumps(notebook.content) and CALLER not in json.dumps(notebook.content)
 
 
 def submit_picture(server):
