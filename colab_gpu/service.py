@@ -100,26 +100,31 @@ def _start_server(server: ServerProcess) -> None:
     if server.settings["GPU_WEBHOOK_SECRET"]: given["GPU_WEBHOOK_SECRET"] = str(server.settings["GPU_WEBHOOK_SECRET"])
     inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     server.log.parent.mkdir(parents=True, exist_ok=True)
-    environ, deadline = {**inherited, **given, **server.tokens, "PYTHONUNBUFFERED": "1"}, time.monotonic() + server.ready_s
+    environ, patience = {**inherited, **given, **server.tokens, "PYTHONUNBUFFERED": "1"}, time.monotonic() + 15
     try:
         while not server.url:
-            with server.log.open("wb") as log:
+            with server.log.open("ab") as log:
+                begins = log.tell()
                 server.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environ, **OWN_GROUP)
-            server.url = _await_server(server, deadline)
+            try: server.url = _await_server(server, begins)
+            except Transient as e:  # the server of a kernel that has just ended goes within seconds
+                if e.code != "data_in_use" or time.monotonic() > patience: raise
+                time.sleep(0.5)
     except BaseException:
         server.stop()
         raise
 
-def _await_server(server: ServerProcess, deadline: float) -> str:
-    "The server's address once it serves; blank if it is to be tried again. Raises `Transient`."
-    while not (found := re.search(r"serves at (http://\S+)", server.log.read_text("utf-8", "replace"))):
-        if not server.alive and "Another server is using" in server.log.read_text("utf-8", "replace") and time.monotonic() < deadline:
-            time.sleep(0.5)  # that of a kernel which has just ended goes within seconds
-            return ""
-        if not server.alive: raise Transient(f"The queue server ended at once ({last_line(server.log)}): all it said is in {server.log}.")
+def _await_server(server: ServerProcess, begins: int) -> str:
+    "The server's address once it serves; its words are in the log from byte `begins` on. Raises `Transient`, with the code `data_in_use` for that."
+    deadline = time.monotonic() + server.ready_s
+    while True:
+        ended, said = not server.alive, server.log.read_bytes()[begins:].decode("utf-8", "replace")
+        if found := re.search(r"serves at (http://\S+)", said): return found[1]
+        if ended:
+            code = "data_in_use" if "Another server is using" in said else "server_ended"
+            raise Transient(f"The queue server ended at once ({last_line(server.log)}): all it said is in {server.log}.", code=code)
         if time.monotonic() > deadline: raise Transient(f"The queue server did not serve within {server.ready_s:g} s: see {server.log}.")
         time.sleep(0.05)
-    return found[1]
 
 # %% ../nbs/17b_service.ipynb #cdb45327
 class Preload:

@@ -247,7 +247,7 @@ def test_an_interrupted_start_leaves_no_server(opened, tmp_path, monkeypatch):
     service = opened("all in one", COLAB_GPU_DATA=tmp_path / "data", TUNNEL="none")
     started = []
 
-    def interrupted(server, deadline):
+    def interrupted(server, begins):
         started.append(server.process)
         raise KeyboardInterrupt
 
@@ -256,6 +256,15 @@ def test_an_interrupted_start_leaves_no_server(opened, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt): service.start()
     assert started[0].poll() is not None, "the server that was just started has ended"
     assert service.start().endswith("It is not public (TUNNEL=none).")
+
+
+def test_a_folder_that_another_server_has(opened, tmp_path):
+    one, two = (opened("all in one", COLAB_GPU_DATA=tmp_path / "data", TUNNEL="none") for _ in "12")
+    one.start()
+    with pytest.raises(ColabGPUError, match="Another server is using"): two.start()
+    assert one.server.url in one.server.log.read_text(), "the log of the first is still there"
+    one.stop()
+    assert two.start().endswith("It is not public (TUNNEL=none).")
 
 
 def test_a_server_that_dies_is_started_anew(opened, tmp_path):
