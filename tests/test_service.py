@@ -118,9 +118,10 @@ def test_all_in_one(opened, tmp_path, monkeypatch):
     job = Client(url, token).submit("imagenGenerate", {"prompt": "a red circle"}).wait(120)
     assert job.status == "completed" and job.png.startswith(b"\x89PNG")
     scope = {"os": os}
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPU_CLIENT_TOKEN", token)
     exec(compile(service.snippet(), "snippet", "exec"), scope)  # noqa: S102
-    assert scope["job"]["status"] == "completed"
+    assert scope["job"]["status"] == "completed" and (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     png, said = service.try_picture("a blue square")
     assert png.startswith(b"\x89PNG") and said.startswith("Drawn through the queue by demo in")
     process = service.server.process.pid
